@@ -1,0 +1,427 @@
+"""Every knob of a model, as frozen dataclasses composed into one `ModelConfig`.
+
+    ModelConfig
+    ├── audio      AudioTokenizerConfig   wave ─► mel ─► encoder ─► codes + features (12.5 Hz)
+    │   ├── mel        MelConfig
+    │   ├── encoder    AudioEncoderConfig
+    │   └── quantizer  QuantizerConfig
+    ├── backbone   BackboneConfig         trunk ─► {text branch, audio branch}
+    │   ├── kda / mla / gqa               token mixers, present when a layer asks for them
+    │   └── moe                           mixture of experts, likewise
+    └── vocab      VocabConfig            ids of the joint vocabulary
+
+The YAML form mirrors the classes one to one (`to_yaml`, `from_yaml`). An unknown key is refused with the nearest
+known one; a missing key takes the class default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+
+C = TypeVar("C", bound="Config")
+
+MIXERS = ("kda", "mla", "gqa")
+MLPS = ("dense", "moe")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all configs: strict conversion from and to plain dictionaries and YAML."""
+
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any], where: str = "") -> C:
+        """Builds the config from nested dictionaries.
+
+        Args:
+            values: plain YAML/JSON values, keys equal to field names.
+            where: dotted path or file name that error messages start with.
+
+        Raises:
+            ConfigError: on an unknown key (names the nearest one) or a value of the wrong type.
+        """
+        place = where or cls.__name__
+        if not isinstance(values, dict):
+            raise ConfigError(f"{place}: expected a mapping of keys, got {type(values).__name__}.")
+        hints = typing.get_type_hints(cls)
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else f" Known keys: {', '.join(sorted(known))}."
+                raise ConfigError(f"{place}: unknown key '{key}'.{hint}")
+        parsed = {key: _parse(hints[key], value, f"{place}.{key}") for key, value in values.items()}
+        missing = [
+            name
+            for name, f in known.items()
+            if name not in parsed and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{place}: missing key '{missing[0]}'.")
+        try:
+            return cls(**parsed)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain values; `None` fields are kept, tuples become lists."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_yaml(cls: type[C], path: str | Path) -> C:
+        """Reads a YAML (or JSON) file; errors start with the file's name."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from None
+        return cls.from_dict(values or {}, where=str(path))
+
+    def to_yaml(self) -> str:
+        """Returns the YAML text that `from_yaml` reads back to an equal config."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=100)
+
+    def replace(self: C, **changes: Any) -> C:
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+# ---- audio in -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MelConfig(Config):
+    """Whisper's log-mel definition: periodic Hann, power spectrum, Slaney filters, log10, (x + 4) / 4."""
+
+    sample_rate: int = 16_000
+    n_fft: int = 400
+    hop_length: int = 160
+    num_mel_bins: int = 80
+    # "clip": floor = max over the clip - 8, as Whisper and GLM-4-Voice do; needs the whole clip.
+    # "running": floor = max(0, max so far up to the end of the encoder block) - 8; streams.
+    dynamic_range: str = "running"
+
+    def __post_init__(self) -> None:
+        _choice("dynamic_range", self.dynamic_range, ("clip", "running"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioEncoderConfig(Config):
+    """Whisper-style encoder: two convolutions (100 -> 50 Hz), then pre-LN transformer layers.
+
+    `causal_convolution` pads both convolutions on the left only. `block_size` (50 Hz frames) makes attention
+    block-causal: a frame sees its own block and all earlier ones; None is full attention.
+    """
+
+    hidden_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 6
+    intermediate_size: int = 1536
+    max_positions: int = 1500  # 50 Hz frames: 30 s segments, the state restarts at each
+    causal_convolution: bool = True
+    block_size: int | None = 100
+    final_norm: bool = True
+    learned_positions: bool = False  # False: Whisper's sinusoids, recomputed, not stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig(Config):
+    """One codebook of squared-L2 nearest neighbours with EMA updates and revival of dead codes.
+
+    `hidden_layers` transformer layers run at 12.5 Hz between the pooled encoder output and the codebook
+    (0 reproduces the published tokenizer, which quantizes the average-pooled encoder state itself).
+    """
+
+    codebook_size: int = 4096
+    codebook_dim: int = 64
+    hidden_layers: int = 2
+    hidden_size: int = 384
+    num_heads: int = 6
+    commitment_weight: float = 0.25
+    ema_decay: float = 0.99
+    revive_below: float = 0.5  # codes whose EMA count falls below this are re-seeded from the batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioTokenizerConfig(Config):
+    """12.5 Hz tokenizer: `pooling` consecutive 50 Hz encoder frames make one code and one feature row."""
+
+    mel: MelConfig = field(default_factory=MelConfig)
+    encoder: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    pooling: int = 4
+
+    @property
+    def feature_size(self) -> int:
+        """Width of one continuous feature row: `pooling` encoder frames side by side."""
+        return self.pooling * self.encoder.hidden_size
+
+    @property
+    def samples_per_code(self) -> int:
+        """Input samples per code: 1280 at 16 kHz, 12.5 codes per second."""
+        return self.mel.hop_length * 2 * self.pooling
+
+    def __post_init__(self) -> None:
+        block = self.encoder.block_size
+        if block is not None and (block % self.pooling or self.encoder.max_positions % block):
+            raise ConfigError(
+                f"encoder.block_size={block} must be a multiple of pooling={self.pooling} "
+                f"and divide encoder.max_positions={self.encoder.max_positions}."
+            )
+
+
+# ---- backbone -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDAConfig(Config):
+    """Kimi Delta Attention (Kimi Linear, eq. 1). `num_value_heads` is a multiple of `num_heads`.
+
+    `gate`: "softplus" is Kimi Linear's -exp(A) * softplus(z); "bounded" is lower * sigmoid(exp(A) * z).
+    """
+
+    num_heads: int = 4
+    num_value_heads: int | None = None  # None: equal to num_heads
+    head_dim: int = 64
+    value_head_dim: int | None = None  # None: equal to head_dim
+    conv_kernel_size: int = 4
+    gate: str = "bounded"
+    gate_lower_bound: float = -5.0
+    gate_rank: int | None = None  # width of the low-rank decay and output gates; None: head_dim
+    output_gate_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("gate", self.gate, ("bounded", "softplus"))
+        if not -5.0 <= self.gate_lower_bound < 0.0:
+            raise ConfigError(f"gate_lower_bound={self.gate_lower_bound} must lie in [-5, 0).")
+        if self.value_heads % self.num_heads:
+            raise ConfigError(f"num_value_heads={self.value_heads} is not a multiple of num_heads={self.num_heads}.")
+
+    @property
+    def value_heads(self) -> int:
+        return self.num_value_heads or self.num_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.value_head_dim or self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig(Config):
+    """Rotary positions. `yarn_factor` > 1 stretches them as DeepSeek-V3 and K2 do."""
+
+    theta: float = 10_000.0
+    interleaved: bool = False  # pairs (0,1),(2,3).. instead of the two halves
+    yarn_factor: float = 1.0
+    yarn_original_positions: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig(Config):
+    """Multi-head latent attention. `rope=None` is NoPE: the shared `qk_rope_head_dim` stays, unrotated."""
+
+    num_heads: int = 4
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 128
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+    kv_norm_eps: float = 1e-6
+    rope: RopeConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQAConfig(Config):
+    """Grouped-query attention with rotary positions (Qwen2.5 layout when `qkv_bias`)."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    qkv_bias: bool = True
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(theta=1_000_000.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(Config):
+    """Sigmoid-routed experts with a selection bias, and shared experts (DeepSeek-V3, K2, Kimi Linear)."""
+
+    num_experts: int = 8
+    num_experts_per_token: int = 2
+    intermediate_size: int = 128
+    num_shared_experts: int = 1
+    routed_scaling_factor: float = 1.0
+    normalize_weights: bool = True
+    num_groups: int = 1
+    top_groups: int = 1
+    bias_update_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.num_experts % self.num_groups:
+            raise ConfigError(f"num_experts={self.num_experts} is not a multiple of num_groups={self.num_groups}.")
+        if self.num_experts_per_token > self.num_experts // self.num_groups * self.top_groups:
+            raise ConfigError(f"num_experts_per_token={self.num_experts_per_token} exceeds the selectable experts.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Config):
+    """Shared trunk, then a text branch and an audio branch, each a list of "mixer/mlp" layers.
+
+    A layer is written "kda/moe", "mla/dense", "gqa/dense" and so on. Both branches read the trunk's output; an empty
+    audio branch with `audio_head=False` is a text-only decoder.
+    """
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    trunk: tuple[str, ...] = ()
+    text_branch: tuple[str, ...] = ()
+    audio_branch: tuple[str, ...] = ()
+    audio_head: bool = False
+    intermediate_size: int = 1024  # of dense MLPs
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    residual: str = "attn_res"  # or "plain"
+    attn_res_block_size: int = 4  # sublayers per block (two a layer); 1 is full AttnRes
+    adaptor_input_size: int | None = None  # width of continuous audio features; None: no adaptor
+    kda: KDAConfig | None = None
+    mla: MLAConfig | None = None
+    gqa: GQAConfig | None = None
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        _choice("residual", self.residual, ("plain", "attn_res"))
+        if self.attn_res_block_size != 1 and self.attn_res_block_size % 2:
+            raise ConfigError(f"attn_res_block_size={self.attn_res_block_size} must be 1 or even.")
+        for part in ("trunk", "text_branch", "audio_branch"):
+            for index, layer in enumerate(getattr(self, part)):
+                mixer, _, mlp = layer.partition("/")
+                if mixer not in MIXERS or mlp not in MLPS:
+                    raise ConfigError(
+                        f"{part}[{index}]='{layer}' is not 'mixer/mlp' with a mixer of {MIXERS} and an mlp of {MLPS}."
+                    )
+                for name in (mixer, mlp):
+                    if name != "dense" and getattr(self, name) is None:
+                        raise ConfigError(f"{part}[{index}]='{layer}' needs the section '{name}', which is missing.")
+        if self.audio_branch and not self.audio_head:
+            raise ConfigError("audio_branch has layers but audio_head is false.")
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabConfig(Config):
+    """Layout of the joint vocabulary: text BPE ids, then special ids, then audio codes at `audio_offset`."""
+
+    SPECIALS: ClassVar[tuple[str, ...]] = (
+        "pad",
+        "msg_end",
+        "user_start",
+        "assistant_start",
+        "system_start",
+        "text_blank",
+        "text_eos",
+        "media_begin",
+        "media_end",
+        "media_pad",
+        "continue_text",
+        "continue_speech",
+        "video_begin",
+        "video_end",
+        "reserved_0",
+        "reserved_1",
+    )
+
+    num_text_tokens: int = 4080  # BPE ids 0 .. num_text_tokens - 1; specials follow
+    num_audio_codes: int = 4096
+
+    def special(self, name: str) -> int:
+        """Returns the id of a special token; KeyError names are the ones in `SPECIALS`."""
+        return self.num_text_tokens + self.SPECIALS.index(name)
+
+    @property
+    def audio_offset(self) -> int:
+        return self.num_text_tokens + len(self.SPECIALS)
+
+    @property
+    def size(self) -> int:
+        return self.audio_offset + self.num_audio_codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """A whole model. `audio_delay` is the number of steps by which the audio stream trails the text stream."""
+
+    name: str = "unnamed"
+    audio: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    vocab: VocabConfig = field(default_factory=VocabConfig)
+    audio_delay: int = 6
+
+    def __post_init__(self) -> None:
+        if self.backbone.vocab_size != self.vocab.size:
+            raise ConfigError(f"backbone.vocab_size={self.backbone.vocab_size} differs from vocab's {self.vocab.size}.")
+        if self.vocab.num_audio_codes != self.audio.quantizer.codebook_size:
+            raise ConfigError(
+                f"vocab.num_audio_codes={self.vocab.num_audio_codes} differs from "
+                f"audio.quantizer.codebook_size={self.audio.quantizer.codebook_size}."
+            )
+        width = self.backbone.adaptor_input_size
+        if width is not None and width != self.audio.feature_size:
+            raise ConfigError(
+                f"backbone.adaptor_input_size={width} differs from the tokenizer's {self.audio.feature_size}."
+            )
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}='{value}' must be one of {', '.join(allowed)}.")
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        return _parse(options[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_parse(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
+        item_hint = typing.get_args(hint)[1]
+        return {str(key): _parse(item_hint, item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return hint.from_dict(value, where)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
