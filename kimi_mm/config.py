@@ -26,13 +26,15 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
+from kimi_mm.errors import UserError
+
 C = TypeVar("C", bound="Config")
 
 MIXERS = ("kda", "mla", "gqa")
 MLPS = ("dense", "moe")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key and what was expected."""
 
 
