@@ -1,0 +1,175 @@
+"""Model checkpoints on disk: safetensors shards, a config, a tokenizer; nothing is ever unpickled.
+
+    DIR/config.yaml                           ModelConfig
+    DIR/tokenizer.json                        text BPE
+    DIR/model-00001-of-0000N.safetensors ...  weights, at most `shard_bytes` a file
+    DIR/model.safetensors.index.json          tensor name -> file
+
+Matrices may be stored as int8 with one fp16 scale per output row: `NAME` int8 [R, ...] and `NAME.scale` [R].
+Everything is written aside and renamed, the index last, so that a half-written checkpoint is never taken for one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kimi_mm.config import ModelConfig
+from kimi_mm.errors import CheckpointError
+from kimi_mm.model import Model
+from kimi_mm.text.tokenizer import TextTokenizer
+
+INDEX = "model.safetensors.index.json"
+FORMATS = ("fp32", "fp16", "int8")
+_SENSITIVE = ("A_log", "dt_bias", "codebook", "ema_", "norm", "query", "score_correction", "load")
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: Model,
+    tokenizer: TextTokenizer,
+    *,
+    weights: str = "fp16",
+    shard_bytes: int = 15 * 2**20,
+) -> int:
+    """Writes a checkpoint folder and returns its size in bytes.
+
+    Args:
+        path: folder, made if missing.
+        weights: "fp32", "fp16", or "int8" (matrices by row, the rest fp16). Parameters whose range matters more than
+            their size (decays, norms, codebook) stay fp32.
+        shard_bytes: largest size of one weight file.
+    """
+    if weights not in FORMATS:
+        raise CheckpointError(f"weights='{weights}' must be one of {', '.join(FORMATS)}.")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    _write_text(path / "config.yaml", model.config.to_yaml())
+    _write_text(path / "tokenizer.json", tokenizer.to_json())
+    return save_tensors(path, dict(_encode(model.state_dict(), weights)), shard_bytes)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], shard_bytes: int = 15 * 2**20) -> int:
+    """Writes tensors as numbered safetensors shards with an index; returns the bytes written."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    index: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        aside = path / (file + ".tmp")
+        save_file(shard, aside, metadata={"format": "pt"})
+        os.replace(aside, path / file)
+        total += (path / file).stat().st_size
+        index.update(dict.fromkeys(shard, file))
+    _write_text(path / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+    for stale in path.glob("model-*.safetensors"):
+        if stale.name not in set(index.values()):
+            stale.unlink()
+    return total
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[Model, TextTokenizer]:
+    """Reads a checkpoint folder into an fp32 model in eval mode.
+
+    Raises:
+        CheckpointError: names the file, and the tensor where one is missing, unknown or of another shape.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder.")
+    config = ModelConfig.from_yaml(path / "config.yaml")
+    tokenizer = TextTokenizer.load(path / "tokenizer.json")
+    with torch.device("meta"):
+        model = Model(config)
+    model.to_empty(device=device)
+    load_tensors(model, path)
+    return model.eval(), tokenizer
+
+
+def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "") -> None:
+    """Copies a checkpoint's tensors (those that start with `prefix`, which is cut off) into a module, all or error."""
+    wanted = model.state_dict()
+    seen = set()
+    for name, tensor, file in read_tensors(path):
+        if not name.startswith(prefix):
+            continue
+        key = name[len(prefix) :]
+        if key not in wanted:
+            raise CheckpointError(f"{file}: unknown tensor '{name}'; the config describes another model.")
+        if tensor.shape != wanted[key].shape:
+            raise CheckpointError(
+                f"{file}: tensor '{name}' has shape {list(tensor.shape)}, the config needs {list(wanted[key].shape)}."
+            )
+        with torch.no_grad():
+            wanted[key].copy_(tensor)
+        seen.add(key)
+    if missing := sorted(set(wanted) - seen):
+        raise CheckpointError(f"{path}: tensor '{prefix}{missing[0]}' is missing ({len(missing)} in all).")
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
+    """Yields (name, dequantised tensor, file) of a checkpoint folder, one at a time."""
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise CheckpointError(f"{path / INDEX}: cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path / INDEX}: not a checkpoint index.") from None
+    for file in sorted(set(index.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{path / INDEX}: file '{file}' points outside the checkpoint.")
+        try:
+            with safe_open(path / file, framework="pt") as shard:
+                names = set(shard.keys())
+                for name in sorted(names):
+                    if name.endswith(".scale") and name.removesuffix(".scale") in names:
+                        continue
+                    tensor = shard.get_tensor(name)
+                    if f"{name}.scale" in names:
+                        scale = shard.get_tensor(f"{name}.scale").float()
+                        tensor = tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
+                    yield name, tensor, path / file
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path / file}: damaged or missing ({error}).") from None
+
+
+def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 by first dimension: tensor [R, ...] to (int8 [R, ...], fp16 scale [R])."""
+    flat = tensor.float().reshape(len(tensor), -1)
+    scale = (flat.abs().amax(1) / 127).clamp_min(1e-7).half()
+    values = (flat / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return values.reshape(tensor.shape), scale
+
+
+def _encode(state: dict[str, torch.Tensor], weights: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        plain = weights == "fp32" or not tensor.is_floating_point() or any(part in name for part in _SENSITIVE)
+        if plain:
+            yield name, tensor
+        elif weights == "int8" and tensor.dim() >= 2 and tensor.shape[0] > 1:
+            values, scale = quantize_rows(tensor)
+            yield name, values
+            yield f"{name}.scale", scale
+        else:
+            yield name, tensor.half()
+
+
+def _write_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

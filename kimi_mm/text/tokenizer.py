@@ -1,0 +1,77 @@
+"""Text tokenizer: byte-level BPE whose ids are the first part of the joint vocabulary.
+
+    text ──NFC──► pre-tokens ("▁word", digits one by one) ──BPE──► ids 0 .. num_text_tokens - 1
+
+Special ids (see `VocabConfig.SPECIALS`) are never produced from text: a user who types a marker gets its letters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from kimi_mm.errors import CheckpointError
+
+
+class TextTokenizer:
+    """Encodes and decodes text with a trained BPE; safe to share between threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+        """Learns merges from texts.
+
+        Args:
+            texts: any number of sentences.
+            vocab_size: number of ids, the 256 bytes included; the result has exactly that many or fewer when the
+                texts hold no more pairs worth merging.
+        """
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            min_frequency=2,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TextTokenizer:
+        """Reads `tokenizer.json`; CheckpointError names the file when it is missing or damaged."""
+        try:
+            return cls(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+        except Exception as error:  # tokenizers raises bare Exception on malformed files
+            raise CheckpointError(f"{path}: not a tokenizer file ({error}).") from None
+
+    def to_json(self) -> str:
+        """Returns the text that `load` reads."""
+        return json.dumps(json.loads(self._tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the BPE ids of a text; markers of special tokens inside it stay plain characters."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of many texts, in parallel."""
+        return [item.ids for item in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids; ids outside the BPE part are skipped."""
+        limit = len(self)
+        return self._tokenizer.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=False).strip()
