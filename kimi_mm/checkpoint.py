@@ -5,7 +5,8 @@
     DIR/model-00001-of-0000N.safetensors ...  weights, at most `shard_bytes` a file
     DIR/model.safetensors.index.json          tensor name -> file
 
-Matrices may be stored as int8 with one fp16 scale per output row: `NAME` int8 [R, ...] and `NAME.scale` [R].
+Matrices may be stored as int8 with one fp16 scale per output row: `NAME` int8 [R, C] and `NAME.scale` [R];
+stacks of matrices [E, R, C] have scales [E, R].
 Everything is written aside and renamed, the index last, so that a half-written checkpoint is never taken for one.
 """
 
@@ -93,11 +94,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise CheckpointError(f"{path}: no such checkpoint folder.")
     config = ModelConfig.from_yaml(path / "config.yaml")
     tokenizer = TextTokenizer.load(path / "tokenizer.json")
-    with torch.device("meta"):
-        model = Model(config)
-    model.to_empty(device=device)
+    model = Model(config)
     load_tensors(model, path)
-    return model.eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "") -> None:
@@ -141,17 +140,25 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
                     tensor = shard.get_tensor(name)
                     if f"{name}.scale" in names:
                         scale = shard.get_tensor(f"{name}.scale").float()
-                        tensor = tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
+                        tensor = tensor.float() * scale[(...,) + (None,) * (tensor.dim() - scale.dim())]
                     yield name, tensor, path / file
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path / file}: damaged or missing ({error}).") from None
 
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 by first dimension: tensor [R, ...] to (int8 [R, ...], fp16 scale [R])."""
-    flat = tensor.float().reshape(len(tensor), -1)
-    scale = (flat.abs().amax(1) / 127).clamp_min(1e-7).half()
-    values = (flat / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    """Symmetric int8 by row.
+
+    Args:
+        tensor: [R, C], a stack [E, R, C] with C >= 16, or a convolution [R, C, k].
+
+    Returns:
+        int8 values of the same shape and fp16 scales, [R] or [E, R].
+    """
+    lead = tensor.shape[:2] if tensor.dim() == 3 and tensor.shape[-1] >= 16 else tensor.shape[:1]
+    flat = tensor.float().reshape(*lead, -1)
+    scale = (flat.abs().amax(-1) / 127).clamp_min(1e-7).half()
+    values = (flat / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
     return values.reshape(tensor.shape), scale
 
 

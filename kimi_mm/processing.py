@@ -62,6 +62,11 @@ class ModelInputs:
     features: torch.Tensor | None = None
     feature_mask: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> ModelInputs:
+        """Moves every tensor to a device."""
+        moved = (t if t is None else t.to(device) for t in (self.features, self.feature_mask))
+        return ModelInputs(self.text_ids.to(device), self.audio_ids.to(device), self.lengths.to(device), *moved)
+
 
 @dataclass(frozen=True)
 class AudioClip:

@@ -1,0 +1,75 @@
+"""The command `kimi-mm`. Starting it stays light: a command imports torch and the model when it runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from kimi_mm import __version__
+from kimi_mm.cli.demo import demo
+from kimi_mm.cli.errors import UsageError, complain, debugging, describe
+from kimi_mm.cli.evaluate import app as eval_app
+from kimi_mm.cli.info import info
+from kimi_mm.cli.prepare import prepare
+from kimi_mm.cli.tokenize import tokenize
+from kimi_mm.cli.train import train
+from kimi_mm.cli.transcribe import transcribe
+
+app = typer.Typer(
+    name="kimi-mm",
+    help="Speech, pictures and text through one model; transcribes on a laptop, offline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(transcribe)
+app.command()(tokenize)
+app.command()(demo)
+app.command()(info)
+app.add_typer(eval_app, name="eval")
+app.command()(prepare)
+app.command()(train)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kimi-mm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits the process.
+
+    Args:
+        arguments: without the program's name; None takes `sys.argv`.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+    try:
+        app(args=arguments, prog_name="kimi-mm")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debugging():
+            raise
+        complain(describe(error))
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    sys.exit(128 + signum)

@@ -1,0 +1,298 @@
+"""Batches of fixed shapes from speech shards and from text, in an order that a checkpoint can restore.
+
+The order of an epoch is a pure function of (seed, epoch), so the state of a loader is two integers, and a resumed run
+sees exactly the batches that an uninterrupted one would have seen.
+
+Shapes: B rows, S samples of the bucket, N = S / 1280 codes, T positions of the bucket.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kimi_mm.errors import CheckpointError
+from kimi_mm.processing import IGNORE, Processor
+from kimi_mm.training.recipe import SpeechDataConfig, TextDataConfig
+
+SAMPLE_RATE = 16_000
+SAMPLES_PER_CODE = 1280
+PROMPT_POSITIONS = 6  # user_start, media_begin, media_end, continue_text, msg_end, assistant_start
+
+
+@dataclass
+class SpeechBatch:
+    """Joined utterances of one bucket.
+
+    waves [B, S] int16, wave_lengths [B]; ids, labels [B, T] int64; `feature_row` [B, T] is the code that a position
+    shows, -1 elsewhere; `texts` are the targets.
+    """
+
+    waves: torch.Tensor
+    wave_lengths: torch.Tensor
+    text_ids: torch.Tensor
+    audio_ids: torch.Tensor
+    feature_row: torch.Tensor
+    labels: torch.Tensor
+    texts: list[str]
+
+
+@dataclass
+class TextBatch:
+    """Packed sentences: ids of both streams and labels, [B, T] int64."""
+
+    text_ids: torch.Tensor
+    audio_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Where an utterance lies: `samples` samples from `start` in shard array number `shard`."""
+
+    shard: int
+    start: int
+    samples: int
+    text: str
+
+
+def polish(text: str) -> str:
+    """Returns a sentence as it should be written: capital first letter, closing punctuation."""
+    text = " ".join(text.split())
+    if text and text[0].islower():
+        text = text[0].upper() + text[1:]
+    return text if text[-1:] in ".?!" else text.rstrip(",;:-") + "."
+
+
+class SpeechShards:
+    """Memory-mapped shards of one or more folders."""
+
+    def __init__(self, folders: tuple[str, ...], weights: tuple[float, ...] = ()) -> None:
+        self.arrays: list[np.ndarray] = []
+        self.utterances: list[Utterance] = []
+        self.repeats: list[float] = []
+        for number, folder in enumerate(folders):
+            weight = weights[number] if number < len(weights) else 1.0
+            found = sorted(Path(folder).glob("shard-*.jsonl"))
+            if not found:
+                raise CheckpointError(f"{folder}: holds no speech shards (shard-*.jsonl); prepare the data first.")
+            for index in found:
+                self.arrays.append(np.load(index.with_suffix(".npy"), mmap_mode="r"))
+                for line in index.read_text(encoding="utf-8").splitlines():
+                    row = json.loads(line)
+                    item = Utterance(len(self.arrays) - 1, row["start"], row["samples"], row["text"])
+                    self.utterances.append(item)
+                    self.repeats.append(weight)
+
+    def wave(self, item: Utterance) -> np.ndarray:
+        return self.arrays[item.shard][item.start : item.start + item.samples]
+
+
+class SpeechLoader:
+    """Endless iterator of `SpeechBatch`; `state_dict` and `load_state_dict` restore its place."""
+
+    def __init__(self, config: SpeechDataConfig, processor: Processor, seed: int) -> None:
+        self.config, self.processor, self.seed = config, processor, seed
+        self.shards = SpeechShards(config.folders, config.weights)
+        texts = [polish(item.text) for item in self.shards.utterances]
+        self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
+        self.texts = texts
+        self.epoch, self.cursor = 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+    def __iter__(self) -> Iterator[SpeechBatch]:
+        while True:
+            plan = self._plan(self.epoch)
+            if not plan:
+                raise CheckpointError(f"{', '.join(self.config.folders)}: too few utterances for a single batch.")
+            while self.cursor < len(plan):
+                bucket, rows = plan[self.cursor]
+                batch = self._batch(bucket, rows, np.random.default_rng((self.seed, self.epoch, self.cursor)))
+                self.cursor += 1
+                yield batch
+            self.epoch, self.cursor = self.epoch + 1, 0
+
+    def _plan(self, epoch: int) -> list[tuple[float, list[list[int]]]]:
+        """Returns the epoch's batches: (bucket seconds, rows of utterance numbers)."""
+        config, rng = self.config, np.random.default_rng((self.seed, epoch))
+        copies = [int(weight + rng.random()) for weight in self.shards.repeats]
+        order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
+        waiting: dict[float, list[list[int]]] = {bucket: [] for bucket in config.buckets}
+        plan, at = [], 0
+        while at < len(order):
+            row = [int(order[at])]
+            at += 1
+            seconds = self._seconds(row[0])
+            if rng.random() < config.join_probability:
+                goal = rng.uniform(4.0, config.max_seconds)
+                while at < len(order) and seconds + 1.0 + self._seconds(int(order[at])) <= goal:
+                    row.append(int(order[at]))
+                    seconds += 1.0 + self._seconds(row[-1])
+                    at += 1
+            # One second of slack a joint, and a little for the pause before the first word.
+            bucket = next((b for b in config.buckets if seconds + 0.4 <= b), None)
+            tokens = sum(len(self.tokens[i]) for i in row)
+            if bucket is None or tokens + 1 > self._text_room(bucket):
+                continue
+            waiting[bucket].append(row)
+            if len(waiting[bucket]) == self._rows(bucket):
+                plan.append((bucket, waiting[bucket]))
+                waiting[bucket] = []
+        return [plan[i] for i in rng.permutation(len(plan))]
+
+    def _seconds(self, number: int) -> float:
+        return self.shards.utterances[number].samples / SAMPLE_RATE
+
+    def _rows(self, bucket: float) -> int:
+        return max(1, int(self.config.batch_seconds / bucket))
+
+    def _text_room(self, bucket: float) -> int:
+        return int(bucket * self.config.tokens_per_second) + 12
+
+    def _batch(self, bucket: float, rows: list[list[int]], rng: np.random.Generator) -> SpeechBatch:
+        samples = round(bucket * SAMPLE_RATE)
+        length = PROMPT_POSITIONS + samples // SAMPLES_PER_CODE + self._text_room(bucket)
+        ids, size = self.processor.ids, len(rows)
+        waves = np.zeros((size, samples), np.int16)
+        wave_lengths = np.zeros(size, np.int64)
+        text = np.full((size, length), ids["pad"], np.int64)
+        audio = np.full((size, length), ids["pad"], np.int64)
+        feature_row = np.full((size, length), -1, np.int64)
+        labels = np.full((size, length), IGNORE, np.int64)
+        texts = []
+        for b, row in enumerate(rows):
+            speech = sum(self.shards.utterances[i].samples for i in row)
+            # The slack left by the bucket becomes pauses: before, between and after.
+            pauses = rng.dirichlet(np.ones(len(row) + 2)) * min(samples - speech, SAMPLE_RATE * (0.4 + 0.6 * len(row)))
+            at = int(pauses[0])
+            for number, i in enumerate(row):
+                wave = self.shards.wave(self.shards.utterances[i])
+                waves[b, at : at + len(wave)] = wave
+                at += len(wave) + int(pauses[number + 1])
+            wave_lengths[b] = min(at, samples)
+            codes = -(-int(wave_lengths[b]) // SAMPLES_PER_CODE)
+            tokens = np.concatenate([*(self.tokens[i] for i in row), [ids["text_eos"]]])
+            start = PROMPT_POSITIONS + codes
+            audio[b, :2] = ids["user_start"], ids["media_begin"]
+            audio[b, 2 : 2 + codes] = ids["media_pad"]
+            audio[b, 2 + codes : start] = ids["media_end"], ids["continue_text"], ids["msg_end"], ids["assistant_start"]
+            audio[b, start : start + len(tokens)] = ids["text_blank"]
+            text[b, :start] = ids["text_blank"]
+            text[b, start : start + len(tokens)] = tokens
+            feature_row[b, 2 : 2 + codes] = np.arange(codes)
+            labels[b, start - 1 : start - 1 + len(tokens)] = tokens
+            texts.append(" ".join(self.texts[i] for i in row))
+        arrays = (waves, wave_lengths, text, audio, feature_row, labels)
+        return SpeechBatch(*(torch.from_numpy(a) for a in arrays), texts)
+
+
+class TextLoader:
+    """Endless iterator of `TextBatch`: rows of whole conversations "assistant_start sentence text_eos"."""
+
+    def __init__(self, config: TextDataConfig, processor: Processor, seed: int) -> None:
+        self.config, self.processor, self.seed = config, processor, seed
+        texts = [polish(row["text"]) for row in read_texts(config.path) if not row.get("held_out")]
+        self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
+        self.epoch, self.cursor = 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        rows, width = self.config.batch_rows, self.config.row_tokens
+        while True:
+            text, audio, labels = self._epoch(self.epoch)
+            per_batch = rows * width
+            while (self.cursor + 1) * per_batch <= len(text):
+                cut = slice(self.cursor * per_batch, (self.cursor + 1) * per_batch)
+                self.cursor += 1
+                yield TextBatch(*(torch.from_numpy(a[cut].reshape(rows, width)) for a in (text, audio, labels)))
+            self.epoch, self.cursor = self.epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids, rng = self.processor.ids, np.random.default_rng((self.seed, epoch, 1))
+        text, audio, labels = [], [], []
+        for number in rng.permutation(len(self.tokens)):
+            tokens = np.append(self.tokens[number], ids["text_eos"])
+            text.append(np.concatenate([[ids["text_blank"]], tokens]))
+            audio.append(np.concatenate([[ids["assistant_start"]], np.full(len(tokens), ids["text_blank"])]))
+            labels.append(np.append(tokens, IGNORE))
+        joined = tuple(np.concatenate(part).astype(np.int64) for part in (text, audio, labels))
+        if len(joined[0]) < self.config.batch_rows * self.config.row_tokens:
+            raise CheckpointError(f"{self.config.path}: too little text for one batch.")
+        return joined  # type: ignore[return-value]
+
+
+def read_texts(path: str | Path) -> list[dict]:
+    """Reads `texts.jsonl` or `texts.jsonl.gz`: objects with at least `text`."""
+    path = Path(path)
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+    rows = []
+    for number, line in enumerate(data.decode("utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise CheckpointError(f"{path}:{number}: not a JSON object.") from None
+    return rows
+
+
+class Prefetcher:
+    """Runs an iterator in a thread, a few batches ahead.
+
+    `state` is the loader's state as it was after the batch last handed out, which is what a checkpoint must hold; the
+    loader itself is already ahead.
+    """
+
+    def __init__(self, loader: SpeechLoader | TextLoader, depth: int = 4) -> None:
+        self.state = loader.state_dict()
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(loader,), daemon=True)
+        self._thread.start()
+
+    def _fill(self, loader: SpeechLoader | TextLoader) -> None:
+        try:
+            for batch in loader:
+                if not self._put((batch, loader.state_dict())):
+                    return
+        except Exception as error:
+            self._put((error, None))
+
+    def _put(self, item: object) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next(self) -> SpeechBatch | TextBatch:
+        batch, state = self._queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        self.state = state
+        return batch
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)

@@ -1,0 +1,109 @@
+"""Results of an evaluation as a machine-readable dictionary, a terminal table and the table of a model card.
+
+The model card's and README's tables stand between the markers `<!-- scores:begin -->` and `<!-- scores:end -->`;
+`kimi-mm eval card RESULT.json --write FILE` replaces what is between them, so that no score is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kimi_mm.errors import UserError
+
+KIND = "kimi_mm.asr"
+VERSION = 1
+BEGIN = "<!-- scores:begin -->"
+END = "<!-- scores:end -->"
+
+_SET_TITLES = {
+    "human-test": "human recordings, test half",
+    "human-adapt": "human recordings, adaptation half",
+    "sent": "unseen sentences, seen synthetic voices",
+    "voice": "unseen sentences, unseen voices",
+    "demo": "shipped demo clips",
+}
+_SET_KEYS = (
+    "set utterances words seconds substitutions deletions insertions wer wer_low wer_high real_time_factor worst"
+).split()
+_TOP_KEYS = ("label", "model", "device", "threads", "normalizer", "peak_rss_mib", "sets")
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """Reads a file that `kimi-mm eval asr --json` wrote.
+
+    Raises:
+        UserError: the file cannot be read, or is another kind of file; names what is missing.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise UserError(f"{path}: not JSON; give a file that 'kimi-mm eval asr --json' wrote.") from None
+    if not isinstance(result, dict) or result.get("kind") != KIND or result.get("version") != VERSION:
+        raise UserError(f"{path}: not a result of 'kimi-mm eval asr --json' (kind {KIND}, version {VERSION}).")
+    for key in _TOP_KEYS:
+        if key not in result:
+            raise UserError(f"{path}: the key '{key}' is missing.")
+    for scores in result["sets"]:
+        for key in _SET_KEYS:
+            if key not in scores:
+                raise UserError(f"{path}: the key '{key}' of set '{scores.get('set', '?')}' is missing.")
+    return result
+
+
+def markdown_table(results: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of a model card.
+
+    Args:
+        results: one or more evaluation results, for instance of the zero-shot and of the adapted model.
+
+    Returns:
+        Markdown; one row per model and set, and one line that says how it was measured.
+    """
+    lines = [
+        "| model | test set | utterances | words | WER % (95 % interval) | S / D / I | real-time factor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for row in result["sets"]:
+            lines.append(
+                f"| {result['label']} | {set_title(row['set'])} | {row['utterances']} | {row['words']} | "
+                f"{percent(row['wer'])} ({percent(row['wer_low'])} to {percent(row['wer_high'])}) | "
+                f"{row['substitutions']} / {row['deletions']} / {row['insertions']} | {row['real_time_factor']:.3f} |"
+            )
+    lines.append("")
+    lines.extend(dict.fromkeys(_conditions(result) for result in results))
+    return "\n".join(lines) + "\n"
+
+
+def replace_between_markers(document: str, table: str, where: str) -> str:
+    """Returns `document` with what stands between the score markers replaced by `table`.
+
+    Raises:
+        UserError: `where` (a file name) does not have the two markers once each, in order.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
+        raise UserError(f"{where}: needs the lines '{BEGIN}' and '{END}' once each, in this order.")
+    head, rest = document.split(BEGIN)
+    return f"{head}{BEGIN}\n\n{table.strip()}\n\n{END}{rest.split(END)[1]}"
+
+
+def set_title(name: str) -> str:
+    """Returns the words that stand for a set's name in tables."""
+    return _SET_TITLES.get(name, name)
+
+
+def percent(fraction: float) -> str:
+    """Returns a fraction as per cent with one decimal, without the sign."""
+    return f"{100 * fraction:.1f}"
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    return (
+        f"Measured by `kimi-mm eval asr`, greedy decoding, device {result['device']}, {result['threads']} threads, "
+        f"peak memory {result['peak_rss_mib']:.0f} MiB, normaliser {result['normalizer']}."
+    )

@@ -1,0 +1,178 @@
+"""A training recipe: everything a run depends on, as one strict YAML file.
+
+A recipe names a model (a file in `recipes/models`), the stage to train, its data, optimiser and length. Its `debug`
+section holds replacements that shrink the run to seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kimi_mm.config import Config, ConfigError, ModelConfig
+from kimi_mm.data.augment import AugmentConfig
+
+STAGES = ("tokenizer", "text", "asr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Config):
+    """AdamW with warm-up, a flat part and a decay ("wsd"), or warm-up and a cosine."""
+
+    lr: float = 1e-3
+    encoder_lr_scale: float = 1.0  # multiplies the rate of the pretrained audio encoder
+    betas: tuple[float, ...] = (0.9, 0.98)
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    warmup_steps: int = 200
+    schedule: str = "wsd"
+    decay_fraction: float = 0.3  # share of the steps that "wsd" spends decaying
+    final_lr_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("wsd", "cosine"):
+            raise ConfigError(f"schedule='{self.schedule}' must be wsd or cosine.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechDataConfig(Config):
+    """Speech shards (see `kimi_mm.data.synthesis`) and how utterances are joined into batches of fixed shapes.
+
+    Single utterances are short; a share `join_probability` of the examples joins several, with pauses, up to a
+    length drawn from [4 s, `max_seconds`]. `weights` repeats a folder's utterances within an epoch.
+    """
+
+    folders: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    batch_seconds: float = 640.0
+    buckets: tuple[float, ...] = (2.56, 3.84, 5.12, 7.68, 10.24, 15.36, 20.48, 25.6)
+    max_seconds: float = 24.0
+    join_probability: float = 0.5
+    tokens_per_second: float = 7.0  # room for text in a batch; longer texts are dropped and counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDataConfig(Config):
+    """Sentences (`texts.jsonl.gz`), packed into rows of `row_tokens` tokens."""
+
+    path: str = ""
+    row_tokens: int = 256
+    batch_rows: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    """One training run.
+
+    Args:
+        stage: "tokenizer" (encoder distillation and quantizer), "text" (language model), "asr" (speech to text).
+        model: model file below `recipes/`, for instance "models/nano.yaml".
+        init: checkpoint folder to start from ("" starts from random weights).
+        init_audio: checkpoint folder whose audio tokenizer replaces that of `init`.
+        whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
+        text_share: share of the steps of the asr stage that train on text alone.
+    """
+
+    stage: str
+    model: str
+    init: str = ""
+    init_audio: str = ""
+    whisper: str = ""
+    tokenizer: str = ""
+    seed: int = 0
+    steps: int = 1000
+    precision: str = "bf16"
+    gradient_accumulation: int = 1
+    save_every: int = 500
+    log_every: int = 20
+    time_limit_seconds: float = 0.0  # 0: none; otherwise the run saves and stops before it
+    text_share: float = 0.15
+    ctc_weight: float = 0.3
+    feature_dropout: float = 0.1
+    label_smoothing: float = 0.05
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    speech: SpeechDataConfig = field(default_factory=SpeechDataConfig)
+    text: TextDataConfig = field(default_factory=TextDataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment_from: float = 0.0  # share of the steps before augmentation starts
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ConfigError(f"stage='{self.stage}' must be one of {', '.join(STAGES)}.")
+
+
+def recipes_root() -> Path:
+    """Returns the folder of recipes: inside an installed package, or at the root of a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def load_recipe(name: str, *, debug: bool = False, overrides: list[str] | None = None) -> tuple[Recipe, ModelConfig]:
+    """Reads a recipe and the model it names.
+
+    Args:
+        name: a path, or a name below the recipes folder such as "asr/nano".
+        debug: apply the recipe's `debug` section.
+        overrides: "key=value" with dotted keys; values are YAML ("optim.lr=1e-4").
+
+    Raises:
+        ConfigError: names the file and the key.
+    """
+    path = _find(name)
+    values = _read(path)
+    small = values.pop("debug", {})
+    if debug:
+        _merge(values, small)
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override '{override}' must look like key=value.")
+        nested: dict[str, Any] = {}
+        at = nested
+        *parents, last = key.split(".")
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = _number(yaml.safe_load(value))
+        _merge(values, nested)
+    recipe = Recipe.from_dict(values, where=str(path))
+    return recipe, ModelConfig.from_yaml(_find(recipe.model))
+
+
+def _find(name: str) -> Path:
+    for candidate in (Path(name), recipes_root() / name, recipes_root() / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(p.relative_to(recipes_root()).with_suffix("")) for p in recipes_root().rglob("*.yaml"))
+    raise ConfigError(f"recipe '{name}' not found. Known: {', '.join(known)}.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys.")
+    return values
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads "1e-4" as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

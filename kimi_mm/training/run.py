@@ -1,0 +1,128 @@
+"""From a recipe to a trained checkpoint: builds the parts, trains, and writes `RUN/model`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from kimi_mm.audio.encoder import AudioEncoder
+from kimi_mm.checkpoint import load_tensors, save_checkpoint
+from kimi_mm.config import ConfigError, ModelConfig
+from kimi_mm.data.debug import write_debug_data
+from kimi_mm.data.loader import SpeechLoader, TextLoader, polish, read_texts
+from kimi_mm.errors import CheckpointError
+from kimi_mm.model import Model
+from kimi_mm.processing import Processor
+from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.objectives import build_objective
+from kimi_mm.training.recipe import Recipe, load_recipe
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    recipe: str,
+    *,
+    debug: bool = False,
+    output: Path,
+    resume: bool = True,
+    overrides: list[str] | None = None,
+) -> dict[str, float]:
+    """Trains a recipe and writes the model to `output/model`.
+
+    Args:
+        recipe: name or path, see `load_recipe`.
+        debug: run the recipe's debug size.
+        output: run folder; an interrupted run there is continued when `resume`.
+        overrides: "key=value" changes to the recipe.
+
+    Returns:
+        The last logged losses.
+
+    Raises:
+        ConfigError, CheckpointError: before any training, when the recipe, its data or its starting weights cannot
+            be used.
+    """
+    from kimi_mm.training.trainer import Trainer
+
+    settings, config = load_recipe(recipe, debug=debug, overrides=overrides)
+    output = Path(output)
+    if debug:
+        settings = _with_debug_data(settings, output / "data")
+    torch.manual_seed(settings.seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = _text_tokenizer(settings, config)
+    processor = Processor(config.vocab, tokenizer)
+    model = Model(config)
+    if settings.init:
+        load_tensors(model, Path(settings.init))
+    if settings.init_audio:
+        load_tensors(model.audio, Path(settings.init_audio), prefix="audio.")
+    teacher = _teacher(settings, config)
+    if teacher is not None and not settings.init:
+        model.audio.encoder.load_state_dict(teacher.state_dict())
+    speech = SpeechLoader(settings.speech, processor, settings.seed) if settings.stage != "text" else None
+    needs_text = settings.stage == "text" or (settings.stage == "asr" and settings.text_share > 0)
+    text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
+    objective = build_objective(model, settings, config, teacher)
+    trainer = Trainer(settings, objective, speech, text, output)
+    model.to(trainer.accelerator.device)
+    if teacher is not None and trainer.step == 0 and speech is not None:
+        _seed_codebook(model, speech)
+    numbers = trainer.train(resume=resume)
+    if trainer.accelerator.is_main_process:
+        size = save_checkpoint(output / "model", model.cpu(), tokenizer, weights="fp16")
+        (output / "summary.json").write_text(json.dumps({"step": trainer.step, **numbers}, indent=1) + "\n")
+        log.info("wrote %s (%.1f MiB)", output / "model", size / 2**20)
+    return numbers
+
+
+def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
+    """Puts a made-up corpus in the place of data that the recipe's debug size calls "debug"."""
+    speech, texts = write_debug_data(folder)
+    if recipe.speech.folders == ("debug",):
+        recipe = recipe.replace(speech=recipe.speech.replace(folders=(str(speech),)))
+    if recipe.text.path == "debug":
+        recipe = recipe.replace(text=recipe.text.replace(path=str(texts)))
+    return recipe
+
+
+def _text_tokenizer(recipe: Recipe, config: ModelConfig) -> TextTokenizer:
+    """Takes the tokenizer of the starting checkpoint, the one the recipe names, or trains one on the recipe's text."""
+    if recipe.init:
+        return TextTokenizer.load(Path(recipe.init) / "tokenizer.json")
+    if recipe.tokenizer:
+        return TextTokenizer.load(recipe.tokenizer)
+    if not recipe.text.path:
+        raise ConfigError("text.path: needed to train a text tokenizer, since neither init nor tokenizer is given.")
+    texts = [polish(row["text"]) for row in read_texts(recipe.text.path) if not row.get("held_out")]
+    return TextTokenizer.train(texts, config.vocab.num_text_tokens)
+
+
+def _teacher(recipe: Recipe, config: ModelConfig) -> AudioEncoder | None:
+    """Loads the pretrained encoder that the tokenizer stage starts from and distils."""
+    if recipe.stage != "tokenizer":
+        return None
+    full = config.audio.encoder.replace(causal_convolution=False, block_size=None)
+    teacher = AudioEncoder(full, config.audio.mel.num_mel_bins)
+    if recipe.whisper:
+        try:
+            teacher.load_state_dict({name: t.float() for name, t in load_file(recipe.whisper).items()})
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{recipe.whisper}: not the encoder that the model describes ({error}).") from None
+    return teacher
+
+
+def _seed_codebook(model: Model, speech: SpeechLoader) -> None:
+    """Starts the codebook from vectors of the first batch rather than from noise."""
+    device = next(model.parameters()).device
+    batch = next(iter(speech))
+    speech.load_state_dict({"epoch": 0, "cursor": 0})
+    waves = batch.waves[: max(1, min(len(batch.waves), 64))].to(device).float() / 32768
+    with torch.no_grad():
+        vectors = model.audio.quantizer.project(model.audio.features_from_wave(waves))
+    model.audio.quantizer.init_codebook(vectors.flatten(0, 1), torch.Generator().manual_seed(0))

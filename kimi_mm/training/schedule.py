@@ -1,0 +1,26 @@
+"""Learning-rate schedules as factors of the peak rate."""
+
+from __future__ import annotations
+
+import math
+
+from kimi_mm.training.recipe import OptimConfig
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """Returns the factor for optimiser step `step` (from 0) of `total`.
+
+    "wsd": linear warm-up, flat, then 1 - sqrt(progress) over the last `decay_fraction`; "cosine": warm-up, then half
+    a cosine. Both end at `final_lr_scale`.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    low = config.final_lr_scale
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    start = total * (1 - config.decay_fraction)
+    if step < start:
+        return 1.0
+    progress = (step - start) / max(1.0, total - start)
+    return low + (1 - low) * (1 - math.sqrt(min(1.0, progress)))

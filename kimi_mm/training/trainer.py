@@ -1,0 +1,236 @@
+"""The training loop: accelerate for devices and precision, exact resume, TensorBoard, a progress bar.
+
+    loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► AdamW ─► schedule ─► (expert bias) ─► log / save
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextBatch, TextLoader
+from kimi_mm.text.backbone import Backbone
+from kimi_mm.training.recipe import OptimConfig, Recipe
+from kimi_mm.training.schedule import lr_factor
+from kimi_mm.training.state import list_states, load_state, save_state
+
+log = logging.getLogger(__name__)
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Splits trainable parameters: decay for matrices, none for vectors and decays, a scaled rate for the encoder."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.dim() < 2 or any(part in name for part in ("A_log", "dt_bias", "query", "embed"))
+            groups.setdefault((plain, ".encoder." in name), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "lr": config.lr * (config.encoder_lr_scale if encoder else 1.0),
+            "peak_lr": config.lr * (config.encoder_lr_scale if encoder else 1.0),
+        }
+        for (plain, encoder), parameters in groups.items()
+    ]
+
+
+class Trainer:
+    """Runs one recipe over one objective.
+
+    Args:
+        recipe: what to do.
+        objective: module that maps a batch to a dictionary of losses with the key "loss".
+        speech, text: loaders; which of them a step uses follows from the stage and `text_share`.
+        run: folder for checkpoints and logs.
+    """
+
+    def __init__(
+        self, recipe: Recipe, objective: nn.Module, speech: SpeechLoader | None, text: TextLoader | None, run: Path
+    ) -> None:
+        self.recipe, self.run = recipe, run
+        self.accelerator = Accelerator(
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            dataloader_config=DataLoaderConfiguration(),
+        )
+        set_seed(recipe.seed)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(objective, recipe.optim),
+            betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
+            fused=self.accelerator.device.type == "cuda",
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.loaders = {"speech": speech, "text": text}
+        self.step = 0
+        self.stopped = False
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def train(self, *, resume: bool = True) -> dict[str, float]:
+        """Trains to `recipe.steps`, or until the time limit or SIGTERM; returns the last logged numbers."""
+        recipe, started = self.recipe, time.monotonic()
+        self.run.mkdir(parents=True, exist_ok=True)
+        if resume and (states := list_states(self.run)):
+            self._restore(states[-1])
+        sources = {name: Prefetcher(loader) for name, loader in self.loaders.items() if loader is not None}
+        previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _in_main_thread() else None
+        writer = _summary_writer(self.run)
+        window: list[dict[str, torch.Tensor]] = []
+        logged: dict[str, float] = {}
+        self.objective.train()
+        try:
+            with _progress(recipe, self.accelerator.is_local_main_process) as (bar, task):
+                bar.update(task, completed=self.step)
+                mark, marked = time.monotonic(), self.step
+                while self.step < recipe.steps and not self.stopped:
+                    window.append(self._one_step(sources))
+                    self.step += 1
+                    bar.update(task, completed=self.step)
+                    if self.step % recipe.log_every == 0 or self.step == recipe.steps:
+                        logged = _mean(window)
+                        logged["seconds_per_step"] = (time.monotonic() - mark) / (self.step - marked)
+                        mark, marked, window = time.monotonic(), self.step, []
+                        self._report(logged, writer, bar)
+                    if recipe.time_limit_seconds and time.monotonic() - started > recipe.time_limit_seconds:
+                        self.stopped = True
+                    if self.step % recipe.save_every == 0 or self.stopped or self.step == recipe.steps:
+                        self._save(sources)
+        finally:
+            for source in sources.values():
+                source.close()
+            writer.close()
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+        return logged
+
+    def _one_step(self, sources: dict[str, Prefetcher]) -> dict[str, torch.Tensor]:
+        recipe = self.recipe
+        factor = lr_factor(self.step, recipe.steps, recipe.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        # Which source a step uses is a function of the step, so that a resumed run agrees.
+        use_text = recipe.stage == "text" or (
+            recipe.stage == "asr"
+            and "text" in sources
+            and np.random.default_rng((recipe.seed, self.step)).random() < recipe.text_share
+        )
+        losses: dict[str, torch.Tensor] = {}
+        for _ in range(recipe.gradient_accumulation):
+            batch = self._to_device(sources["text" if use_text else "speech"].next())
+            with self.accelerator.autocast():
+                losses = self._losses(batch)
+            self.accelerator.backward(losses["loss"] / recipe.gradient_accumulation)
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), recipe.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        backbone = getattr(self.accelerator.unwrap_model(self.objective), "backbone", None)
+        if isinstance(backbone, Backbone):
+            backbone.update_expert_bias()
+        numbers = {name: value.detach() for name, value in losses.items()}
+        if norm is not None:
+            numbers["grad_norm"] = torch.as_tensor(norm).detach()
+        return numbers
+
+    def _losses(self, batch: Any) -> dict[str, torch.Tensor]:
+        if isinstance(batch, TextBatch) and self.recipe.stage == "asr":
+            return self.accelerator.unwrap_model(self.objective).text_losses(batch)
+        if isinstance(batch, TextBatch):
+            return self.objective(batch)
+        return self.objective(batch, self.step >= self.recipe.augment_from * self.recipe.steps)
+
+    def _to_device(self, batch: Any) -> Any:
+        device = self.accelerator.device
+        moved = {
+            field.name: value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+            for field in dataclasses.fields(batch)
+            if isinstance(value := getattr(batch, field.name), torch.Tensor)
+        }
+        return dataclasses.replace(batch, **moved)
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def _save(self, sources: dict[str, Prefetcher]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        extra = {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "loaders": {name: source.state for name, source in sources.items()},
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python_rng": list(random.getstate()[1]),
+        }
+        save_state(self.run, self.step, self.accelerator.unwrap_model(self.objective), extra)
+
+    def _restore(self, path: Path) -> None:
+        extra = load_state(path, self.accelerator.unwrap_model(self.objective))
+        self.step = extra["step"]
+        self.optimizer.load_state_dict(extra["optimizer"])
+        for name, state in extra["loaders"].items():
+            loader = self.loaders[name]
+            if loader is not None:
+                loader.load_state_dict(state)
+        torch.set_rng_state(extra["torch_rng"])
+        if extra["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(extra["cuda_rng"])
+        random.setstate((3, tuple(extra["python_rng"]), None))
+        log.info("resumed from %s", path)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self.stopped = True
+
+    def _report(self, numbers: dict[str, float], writer: Any, bar: Progress) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, self.step)
+        if self.accelerator.is_local_main_process:
+            line = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            bar.console.print(f"step {self.step}/{self.recipe.steps}  {line}", highlight=False, soft_wrap=True)
+
+
+def _mean(window: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    names = {name for numbers in window for name in numbers}
+    return {
+        name: float(torch.stack([n[name].float().cpu() for n in window if name in n]).mean()) for name in sorted(names)
+    }
+
+
+def _summary_writer(run: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+class _progress:
+    """A rich progress bar on the main process, on standard error."""
+
+    def __init__(self, recipe: Recipe, show: bool) -> None:
+        from rich.console import Console
+
+        columns = (TextColumn(recipe.stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not show)
+        self.total = recipe.steps
+
+    def __enter__(self) -> tuple[Progress, Any]:
+        self.bar.start()
+        return self.bar, self.bar.add_task("train", total=self.total)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
