@@ -48,9 +48,8 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         CheckpointError: no such model, or a damaged weight file (named).
     """
     from kimi_mm.config import ModelConfig
-    from kimi_mm.pipeline import resolve
 
-    folder = resolve(model)
+    folder = _folder(model)
     config = ModelConfig.from_yaml(folder / "config.yaml")
     parts: dict[str, list[int]] = {}
     size = 0
@@ -82,6 +81,16 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "parts": parts,
         "card": _excerpt(folder / "README.md"),
     }
+
+
+def _folder(model: str) -> Path:
+    from kimi_mm.errors import CheckpointError
+
+    shipped = Path(__file__).resolve().parents[1] / "pretrained" / model
+    folder = shipped if not Path(model).is_dir() and shipped.is_dir() else Path(model)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"model '{model}' is neither a checkpoint folder nor shipped; the shipped one is 'nano'.")
+    return folder
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

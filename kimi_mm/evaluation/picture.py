@@ -37,9 +37,7 @@ def draw(
     )
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     _waveform(axes[0], wave)
-    axes[1].imshow(
-        mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, mel.shape[0] / 100, 0, mel.shape[1])
-    )
+    axes[1].imshow(mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, mel.shape[0] / 100, 0, mel.shape[1]))
     axes[1].set_ylabel("mel bin")
     _codes(axes[2], codes, seconds)
     _text(axes[3], transcript)
@@ -72,7 +70,12 @@ def _codes(axis, codes: np.ndarray, seconds: float, most_labels: int = 90) -> No
     shuffled = (codes.astype(np.uint64) * np.uint64(2654435761) % np.uint64(2**32)) / 2.0**32
     width = 1 / 12.5
     axis.imshow(
-        shuffled[None].astype(np.float64), aspect="auto", cmap="turbo", vmin=0, vmax=1, extent=(0, width * len(codes), 0, 1)
+        shuffled[None].astype(np.float64),
+        aspect="auto",
+        cmap="turbo",
+        vmin=0,
+        vmax=1,
+        extent=(0, width * len(codes), 0, 1),
     )
     if len(codes) <= most_labels:
         for index, code in enumerate(codes):
