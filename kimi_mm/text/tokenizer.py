@@ -1,6 +1,6 @@
 """Text tokenizer: byte-level BPE whose ids are the first part of the joint vocabulary.
 
-    text ──NFC──► pre-tokens ("▁word", digits one by one) ──BPE──► ids 0 .. num_text_tokens - 1
+    text ──NFC──► pre-tokens (" word", digits one by one) ──BPE──► ids 0 .. num_text_tokens - 1
 
 Special ids (see `VocabConfig.SPECIALS`) are never produced from text: a user who types a marker gets its letters.
 """
@@ -34,7 +34,7 @@ class TextTokenizer:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         trainer = trainers.BpeTrainer(
@@ -43,7 +43,7 @@ class TextTokenizer:
             min_frequency=2,
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator((_lead(text) for text in texts), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -65,13 +65,18 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the BPE ids of a text; markers of special tokens inside it stay plain characters."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(_lead(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""
-        return [item.ids for item in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [item.ids for item in self._tokenizer.encode_batch([_lead(t) for t in texts], add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; ids outside the BPE part are skipped."""
         limit = len(self)
         return self._tokenizer.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=False).strip()
+
+
+def _lead(text: str) -> str:
+    """Gives a text the space that words inside a sentence have, so that a word has one spelling in ids."""
+    return f" {text}" if text else text
