@@ -1,6 +1,6 @@
 """How the command line reports trouble: one sentence on stderr and an exit code, never a traceback.
 
-    0 done    1 a file or an input could not be used    2 wrong usage    130 stopped by Ctrl-C    143 terminated
+0 done    1 a file or an input could not be used    2 wrong usage    130 stopped by Ctrl-C    143 terminated
 """
 
 from __future__ import annotations

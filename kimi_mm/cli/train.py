@@ -14,9 +14,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replace values: optim.lr=1e-4.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="The recipe's small size: seconds on a CPU.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: runs/RECIPE.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the output folder.")] = True,
 ) -> None:
     """Train by a recipe."""

@@ -26,8 +26,17 @@ _SET_TITLES = {
     "demo": "shipped demo clips",
 }
 _SET_KEYS = (
-    "set utterances words seconds substitutions deletions insertions wer wer_low wer_high real_time_factor worst"
-).split()
+    "set",
+    "utterances",
+    "words",
+    "substitutions",
+    "deletions",
+    "insertions",
+    "wer",
+    "wer_low",
+    "wer_high",
+    "real_time_factor",
+)
 _TOP_KEYS = ("label", "model", "device", "threads", "normalizer", "peak_rss_mib", "sets")
 
 

@@ -1,0 +1,100 @@
+"""`kimi-mm demo`: the shipped recordings of a real speaker, transcribed by the shipped model, and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kimi_mm.cli.errors import debugging, describe
+from kimi_mm.cli.outputs import check_writable
+from kimi_mm.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from kimi_mm.pipeline import KimiMM
+    from kimi_mm.types import Transcript
+
+CLIPS = Path(__file__).resolve().parents[1] / "pretrained" / "demo"
+PICTURE = "transcript.png"
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the picture goes.")] = Path(
+        "demo-output"
+    ),
+    model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Transcribe the shipped recordings and draw what the model makes of one."""
+    clips = read_clips()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: the folder cannot be made ({error.strerror}).") from None
+    check_writable(output / PICTURE)
+
+    import kimi_mm
+    from kimi_mm.audio.io import read_audio
+    from kimi_mm.evaluation.asr import Utterance, peak_memory_mib, recognise, score
+    from kimi_mm.evaluation.report import percent
+    from kimi_mm.evaluation.wer import word_error_rate
+
+    engine = kimi_mm.load(model, device=device)
+    print(f"{len(clips)} real recordings, model '{model}', device {device}\n")
+    results = []
+    for clip in clips:
+        wave, _ = read_audio(CLIPS / clip["file"])
+        done = recognise(lambda wave: engine.transcribe(wave).text, [Utterance(clip["file"], wave, clip["text"])])[0]
+        results.append(done)
+        wer = word_error_rate([done.reference], [done.hypothesis], draws=0).rate
+        print(f"{done.key}  {done.seconds:.1f} s  WER {percent(wer)} %")
+        print(f"  said   {done.reference}\n  heard  {done.hypothesis}", flush=True)
+    whole = score("demo", results)
+    print(
+        f"\nall: WER {percent(whole['wer'])} % of {whole['words']} words "
+        f"(95 % interval {percent(whole['wer_low'])} to {percent(whole['wer_high'])}), "
+        f"real-time factor {whole['real_time_factor']:.3f}, peak memory {peak_memory_mib():.0f} MiB"
+    )
+    shown = max(clips, key=lambda clip: -abs(clip["seconds"] - 6.0))
+    draw_clip(engine, shown, output / PICTURE)
+    print(f"picture: {output / PICTURE}")
+
+
+def read_clips() -> list[dict[str, Any]]:
+    """Returns the shipped clips' rows: file, text, seconds.
+
+    Raises:
+        CheckpointError: the list or one of its rows is damaged.
+    """
+    manifest = CLIPS / "manifest.jsonl"
+    try:
+        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [{"file": row["file"], "text": row["text"], "seconds": float(row["seconds"])} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if debugging():
+            raise
+        raise CheckpointError(f"{manifest}: the list of the shipped recordings is damaged: {describe(error)}") from None
+
+
+def draw_clip(engine: KimiMM, clip: dict[str, Any], path: Path) -> Transcript:
+    """Draws one clip's waveform, mel, codes and text, and returns its transcript."""
+    from kimi_mm.audio.features import log_mel
+    from kimi_mm.audio.io import read_audio
+    from kimi_mm.evaluation.picture import draw
+
+    wave, _ = read_audio(CLIPS / clip["file"])
+    transcript = engine.transcribe(wave)
+    tokens = engine.tokenizer.encode(wave, 16_000)
+    mel = log_mel(wave, engine.config.audio.mel)
+    draw(
+        path,
+        wave,
+        mel.cpu().numpy(),
+        tokens.codes.cpu().numpy(),
+        transcript,
+        title=f"{clip['file']}: waveform, log-mel, audio codes (12.5 a second) and text",
+        caption=f"said: {clip['text']}",
+    )
+    return transcript

@@ -1,0 +1,102 @@
+"""`kimi-mm eval`: scores on prepared test sets, and the tables that are made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kimi_mm.cli.errors import UsageError
+from kimi_mm.cli.outputs import check_writable, write_file
+from kimi_mm.cli.progress import progress_bar
+from kimi_mm.errors import UserError
+
+app = typer.Typer(help="Score a model on prepared test sets.", no_args_is_help=True)
+
+
+@app.command()
+def asr(
+    set: Annotated[str, typer.Option("--set", help="human-test, human-adapt, sent, voice or all.")] = "all",
+    data: Annotated[Path, typer.Option(metavar="DIR", help="What 'kimi-mm prepare' filled.")] = Path("data"),
+    model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
+    label: Annotated[str | None, typer.Option(help="What tables call the model; default: its name.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    result: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N utterances of each set.")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst utterances to show.")] = 5,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Measure word error rate, real-time factor and peak memory of speech recognition."""
+    from kimi_mm.evaluation.asr import SETS, collect, read_set, recognise, score
+
+    if set != "all" and set not in SETS:
+        raise UsageError(f"--set {set}: unknown; choose one of {', '.join(SETS)}, all.")
+    if result is not None:
+        check_writable(result)
+    chosen = {name: read_set(data, name)[:limit] for name in (SETS if set == "all" else (set,))}
+
+    import kimi_mm
+
+    engine = kimi_mm.load(model, device=device)
+    scores = []
+    for name, utterances in chosen.items():
+        with progress_bar(name, quiet) as progress:
+            results = recognise(lambda wave: engine.transcribe(wave).text, utterances, progress)
+        scores.append(score(name, results, worst=max(worst, 10)))
+    evaluation = collect(label or engine.config.name, model, device, scores)
+    if result is not None:
+        write_file(result, (json.dumps(evaluation, indent=1) + "\n").encode())
+    show(evaluation, worst)
+
+
+@app.command()
+def card(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="From 'kimi-mm eval asr --json'.")],
+    write: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Put the table between this file's score markers.")
+    ] = None,
+) -> None:
+    """Make the markdown table of a model card from evaluation results."""
+    from kimi_mm.evaluation.report import load_result, markdown_table, replace_between_markers
+
+    table = markdown_table([load_result(path) for path in results])
+    for path in write or []:
+        try:
+            document = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        write_file(path, replace_between_markers(document, table, str(path)).encode())
+    if not write:
+        print(table, end="")
+
+
+def show(evaluation: dict[str, Any], worst: int) -> None:
+    """Prints the scores as a table, then the utterances with the most errors, aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kimi_mm.evaluation.report import percent, set_title
+
+    table = Table("set", "utterances", "words", "WER % (95 %)", "S", "D", "I", "real-time factor")
+    for row in evaluation["sets"]:
+        table.add_row(
+            set_title(row["set"]),
+            str(row["utterances"]),
+            str(row["words"]),
+            f"{percent(row['wer'])} ({percent(row['wer_low'])} to {percent(row['wer_high'])})",
+            str(row["substitutions"]),
+            str(row["deletions"]),
+            str(row["insertions"]),
+            f"{row['real_time_factor']:.3f}",
+        )
+    console = Console()
+    console.print(table)
+    print(
+        f"{evaluation['label']} on {evaluation['device']}, {evaluation['threads']} threads; "
+        f"peak memory {evaluation['peak_rss_mib']:.0f} MiB; normaliser {evaluation['normalizer']}"
+    )
+    for row in evaluation["sets"]:
+        for item in row["worst"][:worst]:
+            print(f"\n{row['set']} {item['key']}: {item['errors']} errors\n{item['alignment']}")

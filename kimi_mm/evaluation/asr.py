@@ -1,0 +1,192 @@
+"""Speech recognition scored on prepared test sets: the numbers of the model card.
+
+    DATA/<folder of a set>/shard-*.{jsonl,npy} ─► transcribe, one at a time ─► WER, interval, real-time factor, errors
+
+Decoding is greedy and one utterance at a time, as `kimi-mm transcribe` does it, so that the real-time factor is the
+user's.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kimi_mm.errors import CheckpointError, UserError
+from kimi_mm.evaluation.report import KIND, VERSION
+from kimi_mm.evaluation.wer import NORMALIZER_VERSION, show_alignment, word_error_rate
+
+SAMPLE_RATE = 16_000
+SETS = {
+    "human-test": "human/test",
+    "human-adapt": "human/adapt",
+    "sent": "test-sent",
+    "voice": "test-voice",
+}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording and what is said in it; `wave` [S] float32 at 16 kHz."""
+
+    key: str
+    wave: np.ndarray
+    text: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One utterance after recognition; `seconds` of audio, `elapsed` seconds of work."""
+
+    key: str
+    reference: str
+    hypothesis: str
+    seconds: float
+    elapsed: float
+
+
+def read_set(data: Path, name: str) -> list[Utterance]:
+    """Reads a prepared test set.
+
+    Args:
+        data: the folder that `kimi-mm prepare` filled.
+        name: a key of `SETS`.
+
+    Raises:
+        UserError: an unknown name.
+        CheckpointError: the set has not been prepared there, or a shard is damaged (named).
+    """
+    if name not in SETS:
+        raise UserError(f"test set '{name}' is unknown; known: {', '.join(SETS)}, all.")
+    folder = data / SETS[name]
+    manifests = sorted(folder.glob("shard-*.jsonl"))
+    if not manifests:
+        raise CheckpointError(f"{folder}: holds no prepared recordings (shard-*.jsonl); run 'kimi-mm prepare' first.")
+    return [utterance for manifest in manifests for utterance in _read_shard(manifest)]
+
+
+def recognise(
+    transcribe: Callable[[np.ndarray], str],
+    utterances: Sequence[Utterance],
+    progress: Callable[[float], None] | None = None,
+) -> list[Scored]:
+    """Transcribes utterances one at a time and times each.
+
+    Args:
+        transcribe: from a wave [S] float32 at 16 kHz to text.
+        utterances: at least one.
+        progress: called with the share done, 0 to 1.
+    """
+    results = []
+    for number, item in enumerate(utterances, start=1):
+        start = time.perf_counter()
+        text = transcribe(item.wave)
+        elapsed = time.perf_counter() - start
+        results.append(Scored(item.key, item.text, text, len(item.wave) / SAMPLE_RATE, elapsed))
+        if progress is not None:
+            progress(number / len(utterances))
+    return results
+
+
+def score(name: str, results: Sequence[Scored], worst: int = 10) -> dict[str, Any]:
+    """Sums a set up.
+
+    Args:
+        name: of the set.
+        results: from `recognise`.
+        worst: how many of the utterances with the most errors are shown with their alignment.
+
+    Returns:
+        Plain values: `utterances`, `words` and `seconds` of the set, `wer` and its 95 % bootstrap interval `wer_low`,
+        `wer_high` (fractions), `substitutions`, `deletions`, `insertions`, `real_time_factor` (work / audio), `worst`
+        (key, reference, hypothesis, errors, alignment).
+    """
+    rate = word_error_rate([r.reference for r in results], [r.hypothesis for r in results])
+    order = sorted(range(len(results)), key=lambda i: (-rate.utterances[i].errors, results[i].key))
+    seconds = sum(r.seconds for r in results)
+    return {
+        "set": name,
+        "utterances": len(results),
+        "words": rate.edits.reference,
+        "seconds": round(seconds, 2),
+        "substitutions": rate.edits.substitutions,
+        "deletions": rate.edits.deletions,
+        "insertions": rate.edits.insertions,
+        "wer": rate.rate,
+        "wer_low": rate.low,
+        "wer_high": rate.high,
+        "real_time_factor": sum(r.elapsed for r in results) / seconds,
+        "worst": [
+            {
+                "key": results[i].key,
+                "reference": results[i].reference,
+                "hypothesis": results[i].hypothesis,
+                "errors": rate.utterances[i].errors,
+                "alignment": show_alignment(results[i].reference, results[i].hypothesis),
+            }
+            for i in order[:worst]
+            if rate.utterances[i].errors
+        ],
+    }
+
+
+def collect(label: str, model: str, device: str, sets: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the machine-readable result of an evaluation: the sets' scores and how they were measured.
+
+    Args:
+        label: what tables call the model.
+        model: name or folder that was loaded.
+        device: where it ran.
+        sets: from `score`.
+    """
+    import torch
+
+    from kimi_mm import __version__
+
+    scores = list(sets)
+    return {
+        "kind": KIND,
+        "version": VERSION,
+        "label": label,
+        "model": model,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "normalizer": NORMALIZER_VERSION,
+        "peak_rss_mib": round(peak_memory_mib(), 1),
+        "software": {"kimi_mm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "sets": scores,
+    }
+
+
+def peak_memory_mib() -> float:
+    """Returns the most memory that this process has held so far, in MiB."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _read_shard(manifest: Path) -> Iterator[Utterance]:
+    audio = manifest.with_suffix(".npy")
+    try:
+        samples = np.load(audio, mmap_mode="r", allow_pickle=False)
+        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for number, row in enumerate(rows):
+            start, length = int(row["start"]), int(row["samples"])
+            if start < 0 or start + length > len(samples):
+                raise ValueError(f"row {number + 1} lies outside {audio.name}")
+            wave = samples[start : start + length].astype(np.float32) / 32768.0
+            yield Utterance(str(row.get("key", f"{manifest.stem}:{number}")), wave, row["text"])
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or audio}: cannot be read ({error.strerror}).") from None
+    except KeyError as error:
+        raise CheckpointError(f"{manifest}: damaged, the key {error} is missing.") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{manifest}: damaged ({error}).") from None
