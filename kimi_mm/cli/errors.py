@@ -35,7 +35,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory; try a shorter recording or fewer at a time."
     if isinstance(error, ModuleNotFoundError):
-        return f"the Python package '{error.name}' is missing; install it, or the extra of kimi-mm that needs it."
+        return (
+            f"the Python package '{error.name}' is missing; install what training and data preparation need: "
+            "pip install 'kimi-mm[train,eval,synthesis]'."
+        )
     return f"internal error, {type(error).__name__}: {error} (KIMI_MM_DEBUG=1 shows the traceback)."
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,4 +24,5 @@ def train(
 
     from kimi_mm.training.run import train as run
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     run(recipe, debug=debug, output=folder, resume=resume, overrides=overrides or [])
