@@ -1,0 +1,94 @@
+"""Chooses the implementation of a kernel: Triton where there is one for the device, the reference elsewhere.
+
+The choice is made once per (operation, device type) and logged with its reason. `KIMI_MM_KERNELS` overrides it:
+`auto` (default), `reference`, or `triton`, which refuses where no Triton kernel exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from kimi_mm.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MODES = ("auto", "reference", "triton")
+_PACKAGES = {
+    "chunk_kda": "kda",
+    "kda_step": "kda",
+    "short_conv": "conv",
+    "gated_rms_norm": "norm",
+    "attn_res_mix": "attn_res",
+    "attn_res_begin": "attn_res",
+    "attn_res_finish": "attn_res",
+    "moe_route": "moe",
+    "moe_experts": "moe",
+}
+_TRITON: frozenset[str] = frozenset()  # operations that have a triton.py twin
+
+log = logging.getLogger(__name__)
+
+
+class KernelError(UserError):
+    """A kernel that was asked for and does not exist here."""
+
+
+def resolve(op: str, device: torch.device | str, force: str | None = None) -> Callable[..., Any]:
+    """Returns the function that runs `op` on `device`.
+
+    Args:
+        op: name of a public function of `kimi_mm.kernels`.
+        device: only its type matters.
+        force: "reference" or "triton"; None follows KIMI_MM_KERNELS.
+
+    Raises:
+        KernelError: if the mode is unknown, or Triton was asked for and has no kernel for `op` on that device.
+    """
+    return _resolve(op, device if isinstance(device, str) else device.type, force)
+
+
+def dispatched(op: str, specification: Callable[P, R]) -> Callable[P, R]:
+    """Wraps a reference function into one that runs the implementation for its first tensor's device."""
+
+    @functools.wraps(specification)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        tensor = first if isinstance(first, torch.Tensor) else first[0]
+        return _resolve(op, tensor.device.type, None)(*args, **kwargs)
+
+    return call
+
+
+def forget() -> None:
+    """Drops all choices, so that a changed KIMI_MM_KERNELS is read again."""
+    _resolve.cache_clear()
+
+
+@functools.cache
+def _resolve(op: str, device_type: str, force: str | None) -> Callable[..., Any]:
+    device_type = device_type.partition(":")[0]
+    mode = force or os.environ.get("KIMI_MM_KERNELS", "auto")
+    if mode not in MODES:
+        raise KernelError(f"KIMI_MM_KERNELS='{mode}' must be one of {', '.join(MODES)}.")
+    if op not in _PACKAGES:
+        raise KernelError(f"Unknown kernel '{op}'; known are {', '.join(_PACKAGES)}.")
+    if mode == "reference":
+        chosen, reason = "reference", "asked for"
+    elif op not in _TRITON:
+        chosen, reason = "reference", "no Triton kernel for this operation"
+    elif device_type != "cuda":
+        chosen, reason = "reference", f"Triton needs CUDA, the tensors are on {device_type}"
+    else:
+        chosen, reason = "triton", "CUDA device"
+    if mode == "triton" and chosen != "triton":
+        raise KernelError(f"KIMI_MM_KERNELS=triton: {op}: {reason}; use 'auto' or 'reference'.")
+    log.info("kernel %s on %s: %s (%s)", op, device_type, chosen, reason)
+    return getattr(importlib.import_module(f"kimi_mm.kernels.{_PACKAGES[op]}.{chosen}"), op)

@@ -1,0 +1,111 @@
+"""What every attention layer of one forward call shares: positions, masks, and where new tokens go in the cache.
+
+    no cache                causal
+    cu_seqlens              causal within every packed sequence
+    empty cache             causal among the new tokens; right-padded rows need no mask, their tails are never read
+    filled cache, T = 1     all keys of the row
+    filled cache, T > 1     keys up to each query
+
+Shapes:  B batch  T new tokens  S keys  H heads  D channels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kimi_mm.text.cache import BackboneCache
+
+
+@dataclass
+class Step:
+    """One forward call, as the layers see it."""
+
+    positions: Tensor  # [B, T] int64, for rotary embeddings
+    lengths: Tensor | None = None  # [B] valid new tokens of right-padded rows
+    valid: Tensor | None = None  # [B, T] bool, the same as a mask
+    cu_seqlens: Tensor | None = None
+    bounds: list[int] | None = None  # cu_seqlens on the host, on a CPU
+    mask: Tensor | None = None  # [B, 1, T, S] or [1, 1, T, T] bool, True where a query may look
+    start: int = 0  # tokens the fullest cache row holds
+    write: Tensor | None = None  # [B, T] cache index of every new token; None: all rows at `start`
+
+
+def plan_step(
+    x: Tensor,
+    positions: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: BackboneCache | None,
+) -> Step:
+    """Works out positions and masks of one call, without reading the device unless cu_seqlens lies on a CPU.
+
+    Args:
+        x: [B, T, D]. positions: [B, T] or None for 0, 1, .. in every sequence. lengths: [B]. cu_seqlens: [N + 1].
+
+    Raises:
+        ValueError: if the options contradict each other.
+    """
+    B, T, _ = x.shape
+    counted = torch.arange(T, device=x.device)
+    valid = None if lengths is None else counted < lengths[:, None]
+    if cu_seqlens is not None:
+        if cache is not None or lengths is not None or B != 1:
+            raise ValueError("cu_seqlens packs sequences into one row: it excludes a cache, lengths, and B > 1.")
+        sizes = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        numbers = torch.arange(sizes.shape[0], device=x.device)
+        sequence = torch.repeat_interleave(numbers, sizes, output_size=T)
+        if positions is None:
+            positions = (counted - cu_seqlens.long()[sequence])[None]
+        if x.device.type == "cpu":
+            return Step(positions, cu_seqlens=cu_seqlens, bounds=cu_seqlens.tolist())
+        mask = (sequence[:, None] == sequence) & (counted[:, None] >= counted)
+        return Step(positions, cu_seqlens=cu_seqlens, mask=mask[None, None])
+    if cache is None:
+        return Step(counted.expand(B, T) if positions is None else positions, lengths, valid)
+    if cache.batch_size != B:
+        raise ValueError(f"The cache holds {cache.batch_size} rows, the input {B}; use new_cache({B}) or select().")
+    index = cache.lengths[:, None] + counted
+    step = Step(index if positions is None else positions, lengths, valid, start=cache.max_length)
+    if cache.max_length:
+        if cache.ragged:
+            step.write = index
+        if cache.ragged or T > 1:
+            keys = torch.arange(cache.max_length + T, device=x.device)
+            step.mask = (keys <= index[..., None])[:, None]
+    return step
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
+    """Scaled dot-product attention under the step's mask.
+
+    Args:
+        q: [B, T, H, D]. k: [B, S, G, D]. v: [B, S, G, E]; H is a multiple of G.
+        scale: factor on the logits.
+
+    Returns:
+        [B, T, H, E].
+    """
+    B, T, H, _ = q.shape
+    S, G = k.shape[1:3]
+    if T == 1 and H != G:
+        # Heads that share keys become query rows: no key is copied, and the mask row serves them all.
+        out = F.scaled_dot_product_attention(
+            q.view(B, G, H // G, -1), k.transpose(1, 2), v.transpose(1, 2), attn_mask=step.mask, scale=scale
+        )
+        return out.reshape(B, 1, H, -1)
+    if H != G:
+        k, v = k.repeat_interleave(H // G, 2), v.repeat_interleave(H // G, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if step.bounds is not None:
+        parts = [
+            F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale)
+            for a, b in zip(step.bounds[:-1], step.bounds[1:], strict=True)
+            if b > a
+        ]
+        return torch.cat(parts, 2).transpose(1, 2)
+    causal = step.mask is None and S == T
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, scale=scale).transpose(1, 2)

@@ -1,0 +1,136 @@
+"""What a backbone remembers between calls: one explicit object that can be copied, cut, moved and saved.
+
+BackboneCache
+├── lengths [B]           tokens seen by every row (rows may differ)
+├── max_length, ragged    host-side bounds, so that no step has to read the device
+└── layers
+    ├── KDAState          last raw conv inputs [B, W-1, C], recurrent state [B, HV, V, K] fp32
+    └── SequenceState     one growing buffer [B, S, ...] (MLA latents, or GQA keys and values)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_mm.errors import CheckpointError
+
+
+@dataclass
+class KDAState:
+    """State of a KDA layer."""
+
+    conv: Tensor
+    recurrent: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> KDAState:
+        return KDAState(change(self.conv), change(self.recurrent))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"conv": self.conv, "recurrent": self.recurrent}
+
+
+@dataclass
+class SequenceState:
+    """Rows kept per token, in a buffer that doubles when it is full."""
+
+    rows: Tensor  # [B, S, ...], valid up to each row's length
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SequenceState:
+        return SequenceState(change(self.rows))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rows": self.rows}
+
+    def append(self, new: Tensor, where: Tensor | None, start: int) -> Tensor:
+        """Writes new [B, T, ...] and returns the buffer up to `start + T`.
+
+        Args:
+            where: [B, T] int64 index of every new token, or None when all rows go to `start`.
+            start: largest number of tokens any row holds.
+        """
+        end = start + new.shape[1]
+        if end > self.rows.shape[1]:
+            size = max(2 * self.rows.shape[1], end)
+            grown = self.rows.new_zeros(self.rows.shape[0], size, *self.rows.shape[2:])
+            grown[:, :start] = self.rows[:, :start]
+            self.rows = grown
+        if where is None:
+            self.rows[:, start:end] = new
+        else:
+            batch = torch.arange(new.shape[0], device=new.device)[:, None]
+            self.rows[batch, where] = new.to(self.rows.dtype)
+        return self.rows[:, :end]
+
+
+LayerState = KDAState | SequenceState
+
+
+@dataclass
+class BackboneCache:
+    """State of all layers of a backbone, trunk first, then text branch, then audio branch."""
+
+    layers: list[LayerState]
+    lengths: Tensor  # [B] int64
+    max_length: int = 0
+    ragged: bool = False  # True: rows may hold fewer than max_length tokens
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    def advance(self, tokens: int, lengths: Tensor | None) -> None:
+        """Counts the tokens of one forward call; `lengths` [B] are the valid ones of each row."""
+        self.max_length += tokens
+        self.ragged = self.ragged or lengths is not None
+        self.lengths = self.lengths + (tokens if lengths is None else lengths)
+
+    def clone(self) -> BackboneCache:
+        """Returns an independent copy."""
+        return self._map(torch.clone)
+
+    def select(self, row_indices: Tensor | list[int]) -> BackboneCache:
+        """Returns a copy that holds the given rows, in that order; a row may appear more than once."""
+        index = torch.as_tensor(row_indices, dtype=torch.int64, device=self.lengths.device)
+        return self._map(lambda tensor: tensor.index_select(0, index))
+
+    def to(self, device: torch.device | str) -> BackboneCache:
+        """Returns the cache on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns tensors by name, and the two host-side bounds."""
+        state: dict[str, Any] = {
+            f"layers.{i}.{name}": tensor
+            for i, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors().items()
+        }
+        return {**state, "lengths": self.lengths, "max_length": self.max_length, "ragged": self.ragged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned; batch size and buffer sizes may differ from this cache's.
+
+        Raises:
+            CheckpointError: if a tensor is missing or belongs to another kind of layer.
+        """
+        layers: list[LayerState] = []
+        for i, layer in enumerate(self.layers):
+            found: dict[str, Tensor] = {}
+            for name, own in layer.tensors().items():
+                tensor = state.get(f"layers.{i}.{name}")
+                if tensor is None or tensor.dim() != own.dim():
+                    raise CheckpointError(f"layers.{i}.{name} is missing or has another shape: not this model's cache.")
+                found[name] = tensor.to(own.device, own.dtype)
+            layers.append(type(layer)(**found))
+        self.layers = layers
+        self.lengths = state["lengths"].to(self.lengths.device)
+        self.max_length, self.ragged = int(state["max_length"]), bool(state["ragged"])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> BackboneCache:
+        return BackboneCache(
+            [layer.map(change) for layer in self.layers], change(self.lengths), self.max_length, self.ragged
+        )
