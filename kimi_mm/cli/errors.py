@@ -34,7 +34,7 @@ def describe(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     if isinstance(error, MemoryError):
         return "not enough memory; try a shorter recording or fewer at a time."
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("kimi_mm"):
         return (
             f"the Python package '{error.name}' is missing; install what training and data preparation need: "
             "pip install 'kimi-mm[train,eval,synthesis]'."

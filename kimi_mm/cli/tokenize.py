@@ -46,8 +46,8 @@ def tokenize(
 
     def work(name: str) -> None:
         wave, seconds = read_audio(name)
-        codes, features = tokenizer.encode(wave, 16_000)
-        destination.put(name, _encode(format, name, model, seconds, codes, features))
+        tokens = tokenizer.encode(wave, 16_000)
+        destination.put(name, _encode(format, name, model, seconds, tokens.codes, tokens.features))
 
     failed = for_each(files, work)
     destination.close()

@@ -72,14 +72,17 @@ def _codes(axis, codes: np.ndarray, seconds: float, most_labels: int = 90) -> No
     axis.imshow(
         shuffled[None].astype(np.float64),
         aspect="auto",
-        cmap="turbo",
+        cmap="rainbow",
+        alpha=0.6,
         vmin=0,
         vmax=1,
         extent=(0, width * len(codes), 0, 1),
     )
     if len(codes) <= most_labels:
         for index, code in enumerate(codes):
-            axis.text((index + 0.5) * width, 0.5, str(code), rotation=90, fontsize=6, ha="center", va="center")
+            axis.text(
+                (index + 0.5) * width, 0.5, str(code), rotation=90, fontsize=6, ha="center", va="center", clip_on=True
+            )
     axis.set_yticks([])
     axis.set_ylabel(f"{len(codes)} codes", rotation=0, ha="right", va="center")
 
