@@ -1,6 +1,6 @@
 """Speech recognition scored on prepared test sets: the numbers of the model card.
 
-    DATA/<folder of a set>/shard-*.{jsonl,npy} ─► transcribe, one at a time ─► WER, interval, real-time factor, errors
+    DATA/<folder of a set>: clips or shards ─► transcribe, one at a time ─► WER, interval, real-time factor, errors
 
 Decoding is greedy and one utterance at a time, as `kimi-mm transcribe` does it, so that the real-time factor is the
 user's.
@@ -8,17 +8,18 @@ user's.
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kimi_mm.data.human import read_clips
+from kimi_mm.data.shards import read_shards
 from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.evaluation.report import KIND, VERSION
 from kimi_mm.evaluation.wer import NORMALIZER_VERSION, show_alignment, word_error_rate
@@ -61,15 +62,19 @@ def read_set(data: Path, name: str) -> list[Utterance]:
 
     Raises:
         UserError: an unknown name.
-        CheckpointError: the set has not been prepared there, or a shard is damaged (named).
+        CheckpointError: the set has not been prepared there.
+        ManifestError: it is damaged; names the file and the line.
     """
     if name not in SETS:
         raise UserError(f"test set '{name}' is unknown; known: {', '.join(SETS)}, all.")
     folder = data / SETS[name]
-    manifests = sorted(folder.glob("shard-*.jsonl"))
-    if not manifests:
-        raise CheckpointError(f"{folder}: holds no prepared recordings (shard-*.jsonl); run 'kimi-mm prepare' first.")
-    return [utterance for manifest in manifests for utterance in _read_shard(manifest)]
+    if (folder / "manifest.jsonl").is_file():
+        clips = read_clips(folder, scored_only=True)
+    elif any(folder.glob("shard-*.jsonl")):
+        clips = list(read_shards(folder))
+    else:
+        raise CheckpointError(f"{folder}: holds no prepared recordings; run 'kimi-mm prepare' first.")
+    return [Utterance(clip.id, clip.wave.astype(np.float32) / 32768.0, clip.text) for clip in clips]
 
 
 def recognise(
@@ -171,22 +176,3 @@ def peak_memory_mib() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _read_shard(manifest: Path) -> Iterator[Utterance]:
-    audio = manifest.with_suffix(".npy")
-    try:
-        samples = np.load(audio, mmap_mode="r", allow_pickle=False)
-        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
-        for number, row in enumerate(rows):
-            start, length = int(row["start"]), int(row["samples"])
-            if start < 0 or start + length > len(samples):
-                raise ValueError(f"row {number + 1} lies outside {audio.name}")
-            wave = samples[start : start + length].astype(np.float32) / 32768.0
-            yield Utterance(str(row.get("key", f"{manifest.stem}:{number}")), wave, row["text"])
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or audio}: cannot be read ({error.strerror}).") from None
-    except KeyError as error:
-        raise CheckpointError(f"{manifest}: damaged, the key {error} is missing.") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{manifest}: damaged ({error}).") from None

@@ -8,22 +8,17 @@ import numpy as np
 import pytest
 
 from kimi_mm.audio.io import read_audio
+from kimi_mm.data.asterisk import Prompt
+from kimi_mm.data.human import write_clips
 from kimi_mm.evaluation.asr import SETS
 
 
 @pytest.fixture
 def data(clips, tmp_path):
     """A data folder whose set human-test holds two of the shipped recordings."""
-    folder = tmp_path / "data" / SETS["human-test"]
-    folder.mkdir(parents=True)
-    waves = [np.round(read_audio(path)[0] * 32767).astype(np.int16) for path, _ in clips[:2]]
-    starts = [0, len(waves[0])]
-    rows = [
-        {"key": path.stem, "start": start, "samples": len(wave), "text": text}
-        for (path, text), start, wave in zip(clips, starts, waves, strict=False)
-    ]
-    np.save(folder / "shard-00000.npy", np.concatenate(waves))
-    (folder / "shard-00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = [(path.stem, text, np.round(read_audio(path)[0] * 32767).astype(np.int16)) for path, text in clips[:2]]
+    prompts = [Prompt(key, text, "test", scored=True, seconds=len(wave) / 16_000) for key, text, wave in chosen]
+    write_clips(tmp_path / "data" / SETS["human-test"], prompts, {key: wave for key, _, wave in chosen})
     return tmp_path / "data"
 
 

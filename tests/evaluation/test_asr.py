@@ -7,6 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from kimi_mm.data.asterisk import Prompt
+from kimi_mm.data.human import write_clips
+from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.evaluation.asr import SETS, collect, peak_memory_mib, read_set, recognise, score
 
@@ -15,18 +18,13 @@ TEXTS = ["Press one now.", "Goodbye.", "The call has ended."]
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A prepared set of three recordings in two shards; recording n holds the value n + 1 for n + 1 tenths."""
-    folder = tmp_path / SETS["sent"]
-    folder.mkdir(parents=True)
-    for shard, members in enumerate(([0, 1], [2])):
-        waves = [np.full(1600 * (n + 1), n + 1, np.int16) for n in members]
-        starts = np.cumsum([0, *map(len, waves)])
-        rows = [
-            {"key": f"k{n}", "start": int(start), "samples": len(wave), "text": TEXTS[n]}
-            for n, start, wave in zip(members, starts, waves, strict=False)
-        ]
-        np.save(folder / f"shard-{shard:05d}.npy", np.concatenate(waves))
-        (folder / f"shard-{shard:05d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Prepared sets: recording n holds the value n + 1 for n + 1 tenths of a second; all in "sent", one in "human"."""
+    clips = [Clip(f"k{n}", text, "tone", np.full(1600 * (n + 1), n + 1, np.int16)) for n, text in enumerate(TEXTS)]
+    write_shards(tmp_path / SETS["sent"], clips, per_shard=2)
+    prompts = [
+        Prompt(clip.id, clip.text, "test", scored=clip.id == "k2", seconds=len(clip.wave) / 16_000) for clip in clips
+    ]
+    write_clips(tmp_path / SETS["human-test"], prompts, {clip.id: clip.wave for clip in clips})
     return tmp_path
 
 
@@ -70,23 +68,17 @@ def test_unknown_or_unprepared_sets(prepared):
         read_set(prepared, "voice")
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda row: {**row, "samples": 10**6}, "row 1 lies outside"),
-        (lambda row: {key: row[key] for key in ("key", "start", "samples")}, "'text' is missing"),
-        (lambda row: {**row, "start": "soon"}, "damaged"),
-    ],
-)
-def test_damaged_sets_are_named(prepared, change, said):
+def test_only_scored_prompts_of_the_human_set(prepared):
+    found = read_set(prepared, "human-test")
+    assert [(item.key, item.text) for item in found] == [("k2", TEXTS[2])]
+    np.testing.assert_array_equal(found[0].wave, np.full(4800, 3 / 32768, np.float32))
+
+
+def test_damaged_sets_are_named(prepared):
     manifest = prepared / SETS["sent"] / "shard-00001.jsonl"
-    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
-    with pytest.raises(CheckpointError, match=said) as caught:
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "samples": 10**6}))
+    with pytest.raises(UserError, match="shard-00001"):
         read_set(prepared, "sent")
-    assert "shard-00001" in str(caught.value)
-
-
-def test_missing_audio_is_named(prepared):
-    (prepared / SETS["sent"] / "shard-00000.npy").unlink()
-    with pytest.raises(CheckpointError, match="shard-00000"):
-        read_set(prepared, "sent")
+    (prepared / SETS["human-test"] / "k2.flac").write_bytes(b"fLaC")
+    with pytest.raises(UserError, match=r"k2\.flac"):
+        read_set(prepared, "human-test")
