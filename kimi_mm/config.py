@@ -154,7 +154,7 @@ class QuantizerConfig(Config):
     num_heads: int = 6
     commitment_weight: float = 0.25
     ema_decay: float = 0.99
-    revive_below: float = 0.5  # codes whose EMA count falls below this are re-seeded from the batch
+    revive_below: float = 0.02  # codes whose EMA count falls below this are re-seeded from the batch
 
 
 @dataclass(frozen=True, kw_only=True)

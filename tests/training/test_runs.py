@@ -1,0 +1,78 @@
+"""Every recipe at debug size, the chain of stages, and resuming: the same losses as a run never interrupted."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kimi_mm.checkpoint import load_checkpoint
+from kimi_mm.config import ConfigError
+from kimi_mm.errors import CheckpointError
+from kimi_mm.training.recipe import recipes_root
+from kimi_mm.training.run import train
+
+RECIPES = sorted(
+    f"{p.parent.name}/{p.stem}" for p in recipes_root().glob("*/*.yaml") if p.parent.name != "models"
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_at_debug_size(recipe, tmp_path):
+    numbers = train(recipe, debug=True, output=tmp_path)
+    assert numbers["loss"] == numbers["loss"] and numbers["loss"] < 100
+    model, tokenizer = load_checkpoint(tmp_path / "model")
+    assert json.loads((tmp_path / "summary.json").read_text())["step"] == 4
+    assert len(tokenizer) <= model.config.vocab.num_text_tokens
+    assert list(tmp_path.glob("tensorboard/events*"))
+
+
+@pytest.mark.parametrize("recipe", ["asr/nano", "tokenizer/nano"])
+def test_resumed_run_equals_uninterrupted_run(recipe, tmp_path):
+    whole = train(recipe, debug=True, output=tmp_path / "whole")
+    # Stops after step 2 as a killed run would, with the schedule of the full run.
+    train(recipe, debug=True, output=tmp_path / "cut", overrides=["stop_after=2"])
+    resumed = train(recipe, debug=True, output=tmp_path / "cut")
+    whole.pop("seconds_per_step"), resumed.pop("seconds_per_step")
+    assert resumed == whole
+    last = "step-0000004/model.safetensors"
+    a, b = load_file(tmp_path / "whole" / last), load_file(tmp_path / "cut" / last)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_stages_chain(tmp_path):
+    train("text/nano", debug=True, output=tmp_path / "text")
+    model = str(tmp_path / "text" / "model")
+    train("tokenizer/nano", debug=True, output=tmp_path / "tok", overrides=[f"tokenizer={model}/tokenizer.json"])
+    overrides = [f"init={model}", f"init_audio={tmp_path / 'tok' / 'model'}"]
+    train("asr/nano", debug=True, output=tmp_path / "asr", overrides=overrides)
+    heard, _ = load_checkpoint(tmp_path / "tok" / "model")
+    final, _ = load_checkpoint(tmp_path / "asr" / "model")
+    for name, tensor in heard.audio.state_dict().items():
+        assert torch.equal(tensor, final.audio.state_dict()[name]), name
+
+
+def test_learning_happens(tmp_path):
+    first = train("text/nano", debug=True, output=tmp_path / "a", overrides=["steps=1", "log_every=1"])
+    later = train("text/nano", debug=True, output=tmp_path / "b", overrides=["steps=80", "save_every=80", "optim.warmup_steps=5"])
+    assert later["text"] < 0.8 * first["text"]
+
+
+def test_bad_starts_are_refused_before_training(tmp_path):
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        train("asr/nano", debug=True, output=tmp_path, overrides=["init=/nowhere/model"])
+    with pytest.raises(CheckpointError, match="no speech shards"):
+        train("asr/nano", debug=True, output=tmp_path, overrides=[f"speech.folders=[{tmp_path}]"])
+    with pytest.raises(CheckpointError, match="not the encoder"):
+        train("tokenizer/nano", debug=True, output=tmp_path, overrides=["whisper=/nowhere.safetensors"])
+    with pytest.raises(ConfigError, match="stage='sing'"):
+        train("asr/nano", debug=True, output=tmp_path, overrides=["stage=sing"])
+
+
+def test_damaged_state_is_named(tmp_path):
+    train("text/nano", debug=True, output=tmp_path)
+    state = tmp_path / "step-0000004" / "model.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="step-0000004.*damaged"):
+        train("text/nano", debug=True, output=tmp_path, overrides=["steps=6"])
