@@ -80,14 +80,19 @@ def read_clips() -> list[dict[str, Any]]:
 
 def draw_clip(engine: KimiMM, clip: dict[str, Any], path: Path) -> Transcript:
     """Draws one clip's waveform, mel, codes and text, and returns its transcript."""
-    from kimi_mm.audio.features import log_mel
+    import numpy as np
+    import torch
+
     from kimi_mm.audio.io import read_audio
     from kimi_mm.evaluation.picture import draw
 
     wave, _ = read_audio(CLIPS / clip["file"])
     transcript = engine.transcribe(wave)
-    tokens = engine.tokenizer.encode(wave, 16_000)
-    mel = log_mel(wave, engine.config.audio.mel)
+    tokenizer = engine.tokenizer
+    tokens = tokenizer.encode(wave, 16_000)
+    padded = np.pad(wave, (0, -len(wave) % tokenizer.config.samples_per_code))
+    with torch.inference_mode():
+        mel = tokenizer.log_mel(torch.from_numpy(padded)[None].to(tokenizer.device))[0]
     draw(
         path,
         wave,

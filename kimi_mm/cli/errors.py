@@ -62,6 +62,7 @@ def for_each(names: Iterable[str], work: Callable[[str], None]) -> int:
             if debugging():
                 raise
             message = describe(error)
-            complain(message if name in message else f"{name}: {message}")
+            label = "standard input" if name == "-" else name
+            complain(message if label in message else f"{label}: {message}")
             failed += 1
     return failed

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+
 
 def info(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A shipped model's name or a folder.")] = "nano",
@@ -86,7 +88,7 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
 def _folder(model: str) -> Path:
     from kimi_mm.errors import CheckpointError
 
-    shipped = Path(__file__).resolve().parents[1] / "pretrained" / model
+    shipped = PRETRAINED / model
     folder = shipped if not Path(model).is_dir() and shipped.is_dir() else Path(model)
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"model '{model}' is neither a checkpoint folder nor shipped; the shipped one is 'nano'.")

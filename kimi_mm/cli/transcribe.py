@@ -40,7 +40,7 @@ def transcribe(
         with progress_bar(name, quiet) as progress:
             transcript = engine.transcribe(wave, sample_rate=16_000, progress=progress)
         if not transcript.text.strip():
-            raise AudioError(f"{name}: no speech was found in it.")
+            raise AudioError("no speech was found.")
         destination.put(name, render(transcript, format, name, model, label).encode("utf-8", "backslashreplace"))
 
     failed = for_each(files, work)

@@ -102,6 +102,14 @@ def test_standard_input(kimi, clips):
     assert piped.stdout == expected
 
 
+def test_empty_standard_input():
+    piped = subprocess.run(
+        [sys.executable, "-m", "kimi_mm", "transcribe", "-"], input=b"", capture_output=True, timeout=120
+    )
+    assert piped.returncode == 1
+    assert piped.stderr.decode() == "kimi-mm: standard input: empty.\n"
+
+
 def test_ctrl_c_leaves_nothing_half_written(clips, tmp_path):
     """A pipe that never ends keeps the command busy until the signal comes."""
     target = tmp_path / "out" / "a.txt"
