@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kimi_mm.audio.quantizer import VectorQuantizer
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
@@ -28,7 +29,9 @@ from kimi_mm.text.tokenizer import TextTokenizer
 
 INDEX = "model.safetensors.index.json"
 FORMATS = ("fp32", "fp16", "int8")
-_SENSITIVE = ("A_log", "dt_bias", "codebook", "ema_", "norm", "query", "score_correction", "load")
+# Only training needs the moving averages of the codebook; a loaded model starts them from the codebook.
+_TRAINING_ONLY = ("quantizer.ema_count", "quantizer.ema_sum")
+_SENSITIVE = ("A_log", "dt_bias", "codebook", "norm", "query", "score_correction", "load")
 
 
 def save_checkpoint(
@@ -116,8 +119,12 @@ def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "") -> Non
         with torch.no_grad():
             wanted[key].copy_(tensor)
         seen.add(key)
-    if missing := sorted(set(wanted) - seen):
+    missing = sorted(name for name in set(wanted) - seen if not name.endswith(_TRAINING_ONLY))
+    if missing:
         raise CheckpointError(f"{path}: tensor '{prefix}{missing[0]}' is missing ({len(missing)} in all).")
+    for module in model.modules():
+        if isinstance(module, VectorQuantizer):
+            module.restart_averages()
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
@@ -164,6 +171,8 @@ def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _encode(state: dict[str, torch.Tensor], weights: str) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in state.items():
+        if name.endswith(_TRAINING_ONLY):
+            continue
         tensor = tensor.detach().cpu().contiguous()
         plain = weights == "fp32" or not tensor.is_floating_point() or any(part in name for part in _SENSITIVE)
         if plain:

@@ -80,8 +80,8 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("positions", sinusoids(self.max_positions, size), persistent=False)
         codebook = torch.randn(quantizer.codebook_size, quantizer.codebook_dim) / math.sqrt(quantizer.codebook_dim)
         self.register_buffer("codebook", codebook)
-        self.register_buffer("ema_count", torch.ones(quantizer.codebook_size), persistent=False)
-        self.register_buffer("ema_sum", codebook.clone(), persistent=False)
+        self.register_buffer("ema_count", torch.ones(quantizer.codebook_size))
+        self.register_buffer("ema_sum", codebook.clone())
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
         """Quantizes features [B, N, F]; in training mode the codebook learns from positions where mask [B, N] is set."""
@@ -137,6 +137,11 @@ class VectorQuantizer(nn.Module):
         index = order[torch.arange(count) % len(order)].to(vectors.device)
         noise = torch.randn(self.codebook.shape, generator=generator).to(vectors.device)
         self.codebook.copy_(vectors[index].float() + 0.01 * vectors.float().std() * noise)
+        self.restart_averages()
+
+    @torch.no_grad()
+    def restart_averages(self) -> None:
+        """Starts the moving averages from the codebook as it is."""
         self.ema_count.fill_(1.0)
         self.ema_sum.copy_(self.codebook)
 

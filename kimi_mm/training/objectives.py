@@ -163,11 +163,16 @@ class SpeechTextObjective(nn.Module):
 
 
 def _teacher_features(teacher: AudioEncoder, tokenizer: AudioTokenizer, waves: torch.Tensor) -> torch.Tensor:
-    """Runs the full-attention encoder on Whisper's own log-mel; [B, S] to [B, N, F]."""
-    mel = tokenizer.log_mel(waves, dynamic_range="clip")
-    hidden = teacher(mel)
-    pooling = tokenizer.config.pooling
-    return hidden.unflatten(1, (-1, pooling)).flatten(2)
+    """Runs the full-attention encoder as it was trained, on 30 s of Whisper's own log-mel; [B, S] to [B, N, F].
+
+    Two causal convolutions hear everything one frame (20 ms) later than two centred ones, so the target waits too.
+    """
+    frames = waves.shape[1] // 320
+    whole = 320 * teacher.config.max_positions
+    hidden = teacher(tokenizer.log_mel(F.pad(waves, (0, max(0, whole - waves.shape[1]))), dynamic_range="clip"))
+    if tokenizer.config.encoder.causal_convolution:
+        hidden = hidden.roll(1, 1)
+    return hidden[:, :frames].unflatten(1, (-1, tokenizer.config.pooling)).flatten(2)
 
 
 def _unit(features: torch.Tensor, tokenizer: AudioTokenizer) -> torch.Tensor:

@@ -73,6 +73,7 @@ class Recipe(Config):
         init: checkpoint folder to start from ("" starts from random weights).
         init_audio: checkpoint folder whose audio tokenizer replaces that of `init`.
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
+        stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
         text_share: share of the steps of the asr stage that train on text alone.
     """
 
@@ -88,6 +89,7 @@ class Recipe(Config):
     gradient_accumulation: int = 1
     save_every: int = 500
     log_every: int = 20
+    stop_after: int = 0
     time_limit_seconds: float = 0.0  # 0: none; otherwise the run saves and stops before it
     text_share: float = 0.15
     ctc_weight: float = 0.3

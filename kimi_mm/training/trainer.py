@@ -103,6 +103,8 @@ class Trainer:
                         logged["seconds_per_step"] = (time.monotonic() - mark) / (self.step - marked)
                         mark, marked, window = time.monotonic(), self.step, []
                         self._report(logged, writer, bar)
+                    if self.step == recipe.stop_after:
+                        self.stopped = True
                     if recipe.time_limit_seconds and time.monotonic() - started > recipe.time_limit_seconds:
                         self.stopped = True
                     if self.step % recipe.save_every == 0 or self.stopped or self.step == recipe.steps:
