@@ -89,7 +89,7 @@ _SAME = re.compile(r"\b(" + "|".join(sorted(SAME, key=len, reverse=True)) + r")\
 _INITIALISM = re.compile(r"\b(?:[a-z]\.){2,}")
 
 
-def normalize(text: str) -> str:
+def normalize_english(text: str) -> str:
     """Returns the text as lower-case words with single spaces, by the rules of this module.
 
     Args:

@@ -1,6 +1,6 @@
 """Word and character error rates over a corpus, with an alignment to show and a bootstrap interval.
 
-references, hypotheses ──normalize──► words ──Levenshtein──► hits, substitutions, deletions, insertions
+references, hypotheses ──normalizer──► words ──Levenshtein──► hits, substitutions, deletions, insertions
                                                                  └──► sum over the corpus / reference words
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kimi_mm.errors import UserError
-from kimi_mm.evaluation.normalize import NORMALIZER_VERSION, normalize
+from kimi_mm.evaluation.normalize import NORMALIZER_VERSION, normalize_english
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> Edits:
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], *, draws: int = 2000) -> ErrorRate:
-    """Corpus word error rate after `normalize`: all errors over all reference words.
+    """Corpus word error rate after `normalize_english`: all errors over all reference words.
 
     Args:
         references: what was said, one text per utterance.
@@ -124,14 +124,14 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], *, dra
 
 
 def character_error_rate(references: Sequence[str], hypotheses: Sequence[str], *, draws: int = 2000) -> ErrorRate:
-    """Corpus character error rate after `normalize`, single spaces counted; arguments as `word_error_rate`."""
+    """Corpus character error rate after `normalize_english`, single spaces counted; arguments as `word_error_rate`."""
     return _error_rate(references, hypotheses, list, draws)
 
 
 def show_alignment(reference: str, hypothesis: str) -> str:
     """Returns three lines: reference words, hypothesis words, and S, D or I under each error."""
     lines: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for r, h in align(normalize(reference).split(), normalize(hypothesis).split()):
+    for r, h in align(normalize_english(reference).split(), normalize_english(hypothesis).split()):
         mark = "" if r == h else "I" if r is None else "D" if h is None else "S"
         width = max(len(r or ""), len(h or ""))
         for line, cell in zip(lines, (r or "*" * width, h or "*" * width, mark), strict=True):
@@ -145,7 +145,8 @@ def _error_rate(
     if len(references) != len(hypotheses):
         raise UserError(f"{len(references)} references but {len(hypotheses)} hypotheses; give one of each per clip.")
     utterances = [
-        count_edits(split(normalize(r)), split(normalize(h))) for r, h in zip(references, hypotheses, strict=True)
+        count_edits(split(normalize_english(r)), split(normalize_english(h)))
+        for r, h in zip(references, hypotheses, strict=True)
     ]
     total = sum(utterances, Edits())
     if total.reference == 0:

@@ -1,0 +1,155 @@
+"""Data preparation by kind: what `kimi-mm data prepare KIND` and the recipes call.
+
+text    ─► out/texts.jsonl.gz                              speech ─► out/shard-*.npy + .jsonl (training voices)
+human   ─► out/{adapt,test}/*.flac + manifest.jsonl        eval   ─► out/{test_sent,test_voice}/shard-*
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kimi_mm.data.human import prepare_human, read_clips
+from kimi_mm.data.manifest import write_aside
+from kimi_mm.data.shards import write_shards
+from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
+from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
+from kimi_mm.data.voices import TRAINING_WEIGHTS, UNSEEN
+from kimi_mm.errors import UserError
+
+KINDS = ("text", "human", "speech", "eval")
+TEXTS = "texts.jsonl.gz"
+Progress = Callable[[str, int, int], None]
+
+# Held-out sentences of running text only: template sentences differ from trained ones by a word or two.
+EVAL_SOURCES = ("wordnet", "web", "jargon", "devil")
+
+
+def prepare(
+    kind: str,
+    out: str | Path,
+    *,
+    packages: str | Path | None = None,
+    texts: str | Path | None = None,
+    hours: float | None = None,
+    count: int | None = None,
+    voice_weights: dict[str, float] | None = None,
+    processes: int | None = None,
+    tools: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict:
+    """Prepares one kind of data.
+
+    Args:
+        kind: "text", "human", "speech" or "eval".
+        out: folder to write to.
+        packages: folder of already downloaded packages; None downloads them by name.
+        texts: `texts.jsonl.gz` for "speech" and "eval"; None looks in `out` and makes it there.
+        hours: speech wanted ("speech"), or
+        count: utterances wanted ("speech"), or per set ("eval").
+        voice_weights: of "speech"; None is the standard mixture.
+        processes: synthesis processes; None is one per core.
+        tools: root of unpacked flite and espeak-ng packages.
+        seed: of every draw.
+        progress: called with (step, done, total); total 0 is a step of unknown length.
+
+    Returns:
+        A report of plain values.
+
+    Raises:
+        UserError: for an unknown kind, and whatever the step itself cannot do.
+    """
+    out = Path(out)
+
+    def note(step: str) -> None:
+        if progress:
+            progress(step, 0, 0)
+
+    def count_up(done: int, total: int) -> None:
+        if progress:
+            progress("synthesising", done, total)
+
+    if kind == "text":
+        note("collecting sentences")
+        sentences, report = build_texts(packages, seed)
+        write_texts(out / TEXTS, sentences)
+        write_aside(out / "texts-report.json", (json.dumps(report.to_dict(), indent=1) + "\n").encode())
+        return report.to_dict()
+    if kind == "human":
+        return prepare_human(out, packages, progress=note)
+    if kind not in KINDS:
+        raise UserError(f"Unknown kind of data '{kind}'; known are {', '.join(KINDS)}.")
+    path = Path(texts) if texts else out / TEXTS
+    if texts is None and not path.exists():
+        prepare("text", out, packages=packages, seed=seed, progress=progress)
+    sentences = read_sentences(path)
+    if kind == "eval":
+        reports = build_eval_sets(sentences, out, processes, seed=seed, tools=tools, count=count, progress=count_up)
+        return {name: _report(report) for name, report in reports.items()}
+    spoken = [s for s in sentences if s.speech and not s.held_out]
+    plan = make_plan(spoken, hours=hours, count=count, voice_weights=voice_weights, seed=seed)
+    return _report(synthesise(plan, out, processes, seed=seed, tools=tools, progress=count_up))
+
+
+def build_eval_sets(
+    sentences: Sequence[Sentence],
+    out: str | Path,
+    processes: int | None = None,
+    *,
+    seed: int = 0,
+    tools: str | Path | None = None,
+    count: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, SynthesisReport]:
+    """Makes the synthetic test sets from held-out sentences.
+
+    `test_sent`: 500 sentences in the training voices by their weights. `test_voice`: 300 other sentences, half in
+    flite awb, half in espeak-ng en-gb-scotland, neither ever trained on.
+
+    Args:
+        sentences: of `read_sentences`; only held-out ones of `EVAL_SOURCES` are used, in the order of their ids.
+        out: folder for the two sets.
+        processes: synthesis processes.
+        seed: of the voices' settings.
+        tools: root of unpacked flite and espeak-ng packages.
+        count: sentences in each set instead of 500 and 300.
+        progress: as in `synthesise`.
+    """
+    held = sorted((s for s in sentences if s.held_out and s.speech and s.source in EVAL_SOURCES), key=lambda s: s.id)
+    sizes = {"test_sent": count or 500, "test_voice": count or 300}
+    if len(held) < sum(sizes.values()):
+        raise UserError(f"Only {len(held)} held-out sentences, but {sum(sizes.values())} are needed; prepare the text.")
+    seen, unseen = held[: sizes["test_sent"]], held[sizes["test_sent"] : sum(sizes.values())]
+    plans = {
+        "test_sent": make_plan(seen, voice_weights=TRAINING_WEIGHTS, seed=seed, allow_unseen=True),
+        "test_voice": [PlannedClip(s.id, s.text, UNSEEN[i % len(UNSEEN)]) for i, s in enumerate(unseen)],
+    }
+    return {
+        name: synthesise(plan, Path(out) / name, processes, seed=seed, per_shard=100, tools=tools, progress=progress)
+        for name, plan in plans.items()
+    }
+
+
+def human_shards(folder: str | Path, out: str | Path, *, scored_only: bool = False) -> int:
+    """Writes a prepared half of the human set as speech shards, which the training loader reads.
+
+    Args:
+        folder: `adapt` or `test` of `prepare_human`.
+        out: folder for the shards.
+        scored_only: leave out prompts of one and two words.
+
+    Returns:
+        The number of utterances.
+    """
+    return write_shards(out, read_clips(folder, scored_only=scored_only), meta={"source": "asterisk-core-sounds-en"})
+
+
+def _report(report: SynthesisReport) -> dict:
+    return {
+        "utterances": report.utterances,
+        "hours": round(report.hours, 4),
+        "skipped": len(report.skipped),
+        "seconds": round(report.seconds, 1),
+    }
