@@ -26,9 +26,9 @@ DEMO_KEYS = (
     "followme/status",
     "ss-noservice",
     "vm-nobox",
-    "tt-monkeysintro",
+    "tt-weasels",
     "vm-instructions",
-    "conf-roll-callcomplete",
+    "privacy-unident",
 )
 
 

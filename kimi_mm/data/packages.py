@@ -25,10 +25,8 @@ from pathlib import Path, PurePosixPath
 
 from kimi_mm.errors import UserError
 
-TOOL_PACKAGES = ("flite", "libflite1", "libasound2", "espeak-ng", "espeak-ng-data", "libespeak-ng1") + (
-    "libpcaudio0",
-    "libsonic0",
-)
+TOOL_PACKAGES = ("flite", "libflite1", "libasound2", "espeak-ng", "espeak-ng-data", "libespeak-ng1")
+TOOL_PACKAGES += ("libpcaudio0", "libsonic0")
 
 
 class PackageError(UserError):

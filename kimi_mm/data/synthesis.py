@@ -25,7 +25,7 @@ import numpy as np
 from kimi_mm.data.manifest import read_rows, write_aside
 from kimi_mm.data.shards import KEYS, SAMPLE_RATE, Clip, finish, shard_path, write_shard
 from kimi_mm.data.text import Sentence
-from kimi_mm.data.voices import TRAINING_WEIGHTS, UNSEEN, VOICES, VoiceError, make_voice
+from kimi_mm.data.voices import TRAINING_WEIGHTS, UNSEEN, VOICES, Speech, VoiceError, make_voice
 from kimi_mm.errors import UserError
 
 PLAN = "plan.json"
@@ -152,7 +152,7 @@ def synthesise(
     if progress:
         progress(done, len(plan))
     if todo:
-        with _one_thread(), _pool(min(processes or os.cpu_count() or 1, len(todo))) as pool:
+        with _OneThread(), _pool(min(processes or os.cpu_count() or 1, len(todo))) as pool:
             futures = {
                 pool.submit(_make_shard, str(out_dir), number, clips, seed, str(tools or "")): len(clips)
                 for number, clips in todo
@@ -244,7 +244,7 @@ def _make_shard(out_dir: str, number: int, clips: Sequence[PlannedClip], seed: i
 
 
 @lru_cache(maxsize=len(VOICES))
-def _voice(name: str, tools: str):  # noqa: ANN202
+def _voice(name: str, tools: str) -> Callable[[str, np.random.Generator], Speech]:
     return make_voice(name, tools or None)
 
 
@@ -252,7 +252,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
 
-class _one_thread:  # noqa: N801
+class _OneThread:
     """Sets the thread-count variables that spawned workers read while they import numpy and onnxruntime."""
 
     NAMES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

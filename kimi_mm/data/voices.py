@@ -26,12 +26,8 @@ import numpy as np
 
 from kimi_mm.errors import UserError
 
-ESPEAK_VARIANTS = ("en-us", "en-gb", "en-us+f2", "en-us+f3", "en-us+f4", "en-us+m2", "en-us+m3", "en-us+m4") + (
-    "en-us+m7",
-    "en-gb+f2",
-    "en-gb+m7",
-    "en-gb+croak",
-)
+ESPEAK_VARIANTS = ("en-us", "en-us+f2", "en-us+f3", "en-us+f4", "en-us+m2", "en-us+m3", "en-us+m4", "en-us+m7")
+ESPEAK_VARIANTS += ("en-gb", "en-gb+f2", "en-gb+m7", "en-gb+croak")
 UNSEEN = ("flite-awb", "espeak-en-gb-scotland")
 TRAINING_WEIGHTS: dict[str, float] = {
     "hibari-heart": 0.10,
@@ -94,7 +90,7 @@ class _Hibari:
         pitch, warp, liveliness = draw_morph(rng) if self.morph else (1.0, 1.0, 1.0)
         plain = self.dsp.synth
 
-        def morphed(lh, th, ln, lr, phi, f0, noise):  # noqa: ANN001, ANN202
+        def morphed(lh, th, ln, lr, phi, f0, noise):
             lh, th, ln, lr = (warp_axis(x, warp) for x in (lh, th, ln, lr))
             return plain(lh, th, ln, lr, phi, scale_pitch(f0, pitch, liveliness), noise)
 
