@@ -73,7 +73,7 @@ def augment(waves: torch.Tensor, lengths: torch.Tensor, config: AugmentConfig) -
     colour = 10 ** (uniform(-6.0, 1.0) * octaves / 20)
     noise = torch.fft.irfft(torch.fft.rfft(torch.randn_like(waves), width) * colour, width)[:, :samples]
     clean = torch.fft.irfft(spectrum, width)[:, :samples]
-    clean = clean * (level / clean.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)).clamp(0.1, 10.0)
+    clean = clean * (level / _rms(clean, lengths)).clamp(0.1, 10.0)
     noisy = clean + chosen(config.noise) * _at_snr(noise, level, snr)
     noisy = noisy + chosen(config.babble) * _at_snr(waves.roll(1, 0) + waves.roll(2, 0), level, snr.clamp_min(12.0))
 

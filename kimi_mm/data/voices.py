@@ -26,8 +26,9 @@ import numpy as np
 
 from kimi_mm.errors import UserError
 
+# espeak-ng ignores a variant after "en-gb" (an alias of "en"), so the British ones are of "en-gb-x-rp".
 ESPEAK_VARIANTS = ("en-us", "en-us+f2", "en-us+f3", "en-us+f4", "en-us+m2", "en-us+m3", "en-us+m4", "en-us+m7")
-ESPEAK_VARIANTS += ("en-gb", "en-gb+f2", "en-gb+m7", "en-gb+croak")
+ESPEAK_VARIANTS += ("en-gb", "en-gb-x-rp+f2", "en-gb-x-rp+m7", "en-us+croak")
 UNSEEN = ("flite-awb", "espeak-en-gb-scotland")
 TRAINING_WEIGHTS: dict[str, float] = {
     "hibari-heart": 0.10,
