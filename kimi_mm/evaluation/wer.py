@@ -75,23 +75,27 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tuple[str
         hypothesis: H units.
 
     Returns:
-        Pairs in order; (r, None) is a deletion, (None, h) an insertion. Substitutions are preferred to
-        deletion plus insertion, so that the alignment reads well.
+        Pairs in order; (r, None) is a deletion, (None, h) an insertion. Of the alignments with the fewest edits it is
+        one with the most hits, so that it reads well.
     """
     rows, columns = len(reference), len(hypothesis)
-    cost = [list(range(columns + 1))]
+    # An edit outweighs any number of hits.
+    edit = rows + columns + 1
+    cost = [[j * edit for j in range(columns + 1)]]
     for i in range(1, rows + 1):
-        above, unit, row = cost[-1], reference[i - 1], [i]
+        above, unit, row = cost[-1], reference[i - 1], [i * edit]
         for j in range(1, columns + 1):
-            row.append(min(above[j - 1] + (unit != hypothesis[j - 1]), above[j] + 1, row[j - 1] + 1))
+            diagonal = above[j - 1] + (-1 if unit == hypothesis[j - 1] else edit)
+            row.append(min(diagonal, above[j] + edit, row[j - 1] + edit))
         cost.append(row)
     pairs: list[tuple[str | None, str | None]] = []
     i, j = rows, columns
     while i or j:
-        if i and j and cost[i][j] == cost[i - 1][j - 1] + (reference[i - 1] != hypothesis[j - 1]):
+        step = -1 if i and j and reference[i - 1] == hypothesis[j - 1] else edit
+        if i and j and cost[i][j] == cost[i - 1][j - 1] + step:
             i, j = i - 1, j - 1
             pairs.append((reference[i], hypothesis[j]))
-        elif i and cost[i][j] == cost[i - 1][j] + 1:
+        elif i and cost[i][j] == cost[i - 1][j] + edit:
             i -= 1
             pairs.append((reference[i], None))
         else:
