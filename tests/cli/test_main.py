@@ -41,9 +41,9 @@ def test_version_of_the_module():
 
 
 def test_a_closed_pipe_is_no_error(clips):
-    """As in `kimi-mm transcribe ... | head -0`."""
+    """As in `kimi-mm tokenize ... | head -0`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "kimi_mm", "transcribe", str(clips[0][0])],
+        [sys.executable, "-m", "kimi_mm", "tokenize", str(clips[0][0])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
