@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from kimi_mm.errors import CheckpointError
+from kimi_mm.evaluation.normalize import normalize_english
 from kimi_mm.processing import IGNORE, Processor
 from kimi_mm.training.recipe import SpeechDataConfig, TextDataConfig
 
 SAMPLE_RATE = 16_000
 SAMPLES_PER_CODE = 1280
+CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"
 PROMPT_POSITIONS = 6  # user_start, media_begin, media_end, continue_text, msg_end, assistant_start
 
 
@@ -33,7 +35,7 @@ class SpeechBatch:
     """Joined utterances of one bucket.
 
     waves [B, S] int16, wave_lengths [B]; ids, labels [B, T] int64; `feature_row` [B, T] is the code that a position
-    shows, -1 elsewhere; `texts` are the targets.
+    shows, -1 elsewhere; `characters` are the CTC targets of all rows in a row, `character_lengths` [B] of each.
     """
 
     waves: torch.Tensor
@@ -42,7 +44,8 @@ class SpeechBatch:
     audio_ids: torch.Tensor
     feature_row: torch.Tensor
     labels: torch.Tensor
-    texts: list[str]
+    characters: torch.Tensor
+    character_lengths: torch.Tensor
 
 
 @dataclass
@@ -70,6 +73,12 @@ def polish(text: str) -> str:
     if text and text[0].islower():
         text = text[0].upper() + text[1:]
     return text if text[-1:] in ".?!" else text.rstrip(",;:-") + "."
+
+
+def spell(text: str) -> np.ndarray:
+    """Returns the CTC targets of a text: its normalised characters, numbered from 1 (0 is the blank)."""
+    plain = text if text.isspace() else normalize_english(text)
+    return np.asarray([CHARACTERS.index(c) + 1 for c in plain if c in CHARACTERS] or [1], np.int64)
 
 
 class SpeechShards:
@@ -104,7 +113,7 @@ class SpeechLoader:
         self.shards = SpeechShards(config.folders, config.weights)
         texts = [polish(item.text) for item in self.shards.utterances]
         self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
-        self.texts = texts
+        self.characters = [spell(text) for text in texts]
         self.epoch, self.cursor = 0, 0
 
     def state_dict(self) -> dict[str, int]:
@@ -172,7 +181,7 @@ class SpeechLoader:
         audio = np.full((size, length), ids["pad"], np.int64)
         feature_row = np.full((size, length), -1, np.int64)
         labels = np.full((size, length), IGNORE, np.int64)
-        texts = []
+        spelled = []
         for b, row in enumerate(rows):
             speech = sum(self.shards.utterances[i].samples for i in row)
             # The slack left by the bucket becomes pauses: before, between and after.
@@ -194,9 +203,11 @@ class SpeechLoader:
             text[b, start : start + len(tokens)] = tokens
             feature_row[b, 2 : 2 + codes] = np.arange(codes)
             labels[b, start - 1 : start - 1 + len(tokens)] = tokens
-            texts.append(" ".join(self.texts[i] for i in row))
-        arrays = (waves, wave_lengths, text, audio, feature_row, labels)
-        return SpeechBatch(*(torch.from_numpy(a) for a in arrays), texts)
+            gap = spell(" ")
+            spelled.append(np.concatenate([part for i in row for part in (self.characters[i], gap)][:-1]))
+        sizes = np.asarray([len(part) for part in spelled])
+        arrays = (waves, wave_lengths, text, audio, feature_row, labels, np.concatenate(spelled), sizes)
+        return SpeechBatch(*(torch.from_numpy(a) for a in arrays))
 
 
 class TextLoader:

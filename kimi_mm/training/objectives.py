@@ -18,13 +18,12 @@ from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.audio.tokenizer import AudioTokenizer
 from kimi_mm.config import ModelConfig
 from kimi_mm.data.augment import augment
-from kimi_mm.data.loader import SpeechBatch, TextBatch
-from kimi_mm.evaluation.normalize import normalize_english
+from kimi_mm.data.loader import CHARACTERS, SpeechBatch, TextBatch
 from kimi_mm.model import Model
 from kimi_mm.processing import IGNORE
+from kimi_mm.training.graphs import GraphedBackbone
 from kimi_mm.training.recipe import Recipe
 
-CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"  # CTC alphabet; id 0 is the blank, characters start at 1
 SLOTS = 4  # CTC slots per code: characters come faster than codes
 
 Losses = dict[str, torch.Tensor]
@@ -86,7 +85,7 @@ class TokenizerObjective(nn.Module):
         distil = _masked_mse(_unit(features, self.tokenizer), _unit(target, self.tokenizer), valid)
         quantized = self.tokenizer.quantize(features.detach(), mask=valid)
         logits, rebuilt = self.head(quantized.quantized, valid)
-        ctc = _ctc(logits, valid, batch.texts)
+        ctc = _ctc(logits, valid, batch)
         recon = _masked_mse(rebuilt, _unit(target, self.tokenizer).float(), valid)
         loss = distil + ctc + 0.5 * recon + quantized.loss
         return {"loss": loss, "distil": distil, "ctc": ctc, "recon": recon, "vq": quantized.loss}
@@ -98,9 +97,10 @@ class TextObjective(nn.Module):
     def __init__(self, model: Model, recipe: Recipe) -> None:
         super().__init__()
         self.backbone, self.recipe = model.backbone, recipe
+        self._run = GraphedBackbone(model.backbone, recipe.cuda_graphs)
 
     def forward(self, batch: TextBatch) -> Losses:
-        hidden = self.backbone(self.backbone.embed(batch.text_ids, batch.audio_ids, None, None)).text_hidden
+        hidden = self._run(batch.text_ids, batch.audio_ids)
         loss = _cross_entropy(self.backbone, hidden, batch.labels, self.recipe.label_smoothing)
         return {"loss": loss, "text": loss}
 
@@ -112,6 +112,7 @@ class SpeechTextObjective(nn.Module):
         super().__init__()
         self.recipe, self.config = recipe, model.config
         self.backbone = model.backbone
+        self._run = GraphedBackbone(model.backbone, recipe.cuda_graphs)
         self.characters = nn.Linear(model.config.backbone.hidden_size, SLOTS * (len(CHARACTERS) + 1))
         # Frozen, and kept out of the optimiser and of train() by not being a submodule.
         self._tokenizer = [model.audio.eval().requires_grad_(False)]
@@ -121,8 +122,7 @@ class SpeechTextObjective(nn.Module):
         if augmented:
             waves = augment(waves, lengths, self.recipe.augment)
         audio_ids, features, mask = self._listen(waves, batch)
-        x = self.backbone.embed(batch.text_ids, audio_ids, features, mask)
-        hidden = self.backbone(x).text_hidden
+        hidden = self._run(batch.text_ids, audio_ids, features, mask)
         text = _cross_entropy(self.backbone, hidden, batch.labels, self.recipe.label_smoothing)
         loss, losses = text, {"text": text}
         if self.recipe.ctc_weight:
@@ -130,13 +130,13 @@ class SpeechTextObjective(nn.Module):
             num_codes = waves.shape[1] // self._tokenizer[0].config.samples_per_code
             heard = hidden[:, 2 : 2 + num_codes]
             logits = self.characters(heard).unflatten(-1, (SLOTS, -1)).flatten(1, 2)
-            losses["ctc"] = _ctc(logits, _valid_codes(lengths, waves.shape[1]), batch.texts)
+            losses["ctc"] = _ctc(logits, _valid_codes(lengths, waves.shape[1]), batch)
             loss = loss + self.recipe.ctc_weight * losses["ctc"]
         return {"loss": loss, **losses}
 
     def text_losses(self, batch: TextBatch) -> Losses:
         """Next-token loss on text alone, which keeps the language prior alive."""
-        hidden = self.backbone(self.backbone.embed(batch.text_ids, batch.audio_ids, None, None)).text_hidden
+        hidden = self._run(batch.text_ids, batch.audio_ids)
         loss = _cross_entropy(self.backbone, hidden, batch.labels, self.recipe.label_smoothing)
         return {"loss": loss, "text_only": loss}
 
@@ -203,14 +203,12 @@ def _cross_entropy(backbone: nn.Module, hidden: torch.Tensor, labels: torch.Tens
     return F.cross_entropy(logits, labels[picked], label_smoothing=smoothing)
 
 
-def _ctc(logits: torch.Tensor, valid: torch.Tensor, texts: list[str]) -> torch.Tensor:
+def _ctc(logits: torch.Tensor, valid: torch.Tensor, batch: SpeechBatch) -> torch.Tensor:
     """Mean CTC loss per character; logits [B, N * SLOTS, C + 1]."""
-    targets = [[CHARACTERS.index(c) + 1 for c in normalize_english(t) if c in CHARACTERS] or [1] for t in texts]
-    lengths = torch.tensor([len(t) for t in targets])
-    flat = torch.tensor([c for t in targets for c in t], device=logits.device)
     logprobs = logits.float().log_softmax(-1).transpose(0, 1)
     frames = (valid.sum(1) * SLOTS).cpu()
-    losses = F.ctc_loss(logprobs, flat, frames, lengths, reduction="none", zero_infinity=True)
+    lengths = batch.character_lengths.cpu()
+    losses = F.ctc_loss(logprobs, batch.characters, frames, lengths, reduction="none", zero_infinity=True)
     return losses.sum() / lengths.sum().to(losses)
 
 

@@ -74,6 +74,7 @@ class Recipe(Config):
         init_audio: checkpoint folder whose audio tokenizer replaces that of `init`.
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
         stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
+        cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
         text_share: share of the steps of the asr stage that train on text alone.
     """
 
@@ -86,6 +87,7 @@ class Recipe(Config):
     seed: int = 0
     steps: int = 1000
     precision: str = "bf16"
+    cuda_graphs: bool = False
     gradient_accumulation: int = 1
     save_every: int = 500
     log_every: int = 20
@@ -104,6 +106,8 @@ class Recipe(Config):
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ConfigError(f"stage='{self.stage}' must be one of {', '.join(STAGES)}.")
+        if self.cuda_graphs and self.gradient_accumulation > 1:
+            raise ConfigError("cuda_graphs: not possible with gradient_accumulation above 1; choose one.")
 
 
 def recipes_root() -> Path:

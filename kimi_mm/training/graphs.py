@@ -1,0 +1,71 @@
+"""The backbone's forward and backward as CUDA graphs, one pair for each batch shape.
+
+Small models are bound by kernel launches, thousands a step; a captured graph replays them all at once. Loaders give
+batches of a few fixed shapes, so a handful of captures serve a whole run. What comes before (augmentation, audio
+tokenizer) and after (losses, optimiser) stays eager.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+from torch import nn
+
+from kimi_mm.text.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+
+class _Forward(nn.Module):
+    """Ids and features to the text branch's hidden state, in bf16 autocast."""
+
+    def __init__(self, backbone: Backbone, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.backbone, self.dtype = backbone, dtype
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        # Casts must be made anew in every capture: a cached copy of a weight would never see its updates.
+        with torch.autocast("cuda", dtype=self.dtype or torch.bfloat16, enabled=bool(self.dtype), cache_enabled=False):
+            padded = (*inputs, *[None] * (4 - len(inputs)))
+            return self.backbone(self.backbone.embed(*padded)).text_hidden  # type: ignore[arg-type]
+
+
+class GraphedBackbone:
+    """Callable that stands for "embed, then forward" during training.
+
+    Args:
+        backbone: its parameters are read and receive gradients in place.
+        enabled: False runs eagerly, as on a CPU; gradient accumulation is not possible when True, since replays
+            overwrite the gradients they returned.
+    """
+
+    def __init__(self, backbone: Backbone, enabled: bool) -> None:
+        self.backbone, self.enabled = backbone, enabled
+        self._graphs: dict[tuple, nn.Module] = {}
+        self._pool = None
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Maps (text_ids, audio_ids[, features, feature_mask]) to hidden states [B, T, D]."""
+        device = inputs[0].device
+        if not self.enabled or device.type != "cuda" or not torch.is_grad_enabled():
+            padded = (*inputs, *[None] * (4 - len(inputs)))
+            return self.backbone(self.backbone.embed(*padded)).text_hidden  # type: ignore[arg-type]
+        key = tuple((tuple(t.shape), t.dtype) for t in inputs)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(inputs)
+        return self._graphs[key](*inputs)
+
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
+        started = time.monotonic()
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        module = _Forward(self.backbone, dtype)
+        with torch.autocast("cuda", enabled=False):
+            graphed = torch.cuda.make_graphed_callables(
+                module, tuple(t.clone() for t in inputs), allow_unused_input=True, pool=self._pool
+            )
+        log.info("captured %s in %.1f s", [tuple(t.shape) for t in inputs], time.monotonic() - started)
+        return graphed  # type: ignore[return-value]
