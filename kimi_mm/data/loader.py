@@ -72,13 +72,17 @@ def polish(text: str) -> str:
     text = " ".join(text.split())
     if text and text[0].islower():
         text = text[0].upper() + text[1:]
-    return text if text[-1:] in ".?!" else text.rstrip(",;:-") + "."
+    return text if not text or text[-1:] in ".?!" else text.rstrip(",;:-") + "."
 
 
 def spell(text: str) -> np.ndarray:
     """Returns the CTC targets of a text: its normalised characters, numbered from 1 (0 is the blank)."""
-    plain = text if text.isspace() else normalize_english(text)
-    return np.asarray([CHARACTERS.index(c) + 1 for c in plain if c in CHARACTERS] or [1], np.int64)
+    return np.asarray([CHARACTERS.index(c) + 1 for c in normalize_english(text) if c in CHARACTERS], np.int64)
+
+
+def _join(spelled: list[np.ndarray]) -> np.ndarray:
+    gap = np.asarray([CHARACTERS.index(" ") + 1], np.int64)
+    return np.concatenate([part for word in spelled for part in (word, gap)][:-1])
 
 
 class SpeechShards:
@@ -106,7 +110,10 @@ class SpeechShards:
 
 
 class SpeechLoader:
-    """Endless iterator of `SpeechBatch`; `state_dict` and `load_state_dict` restore its place."""
+    """Endless iterator of `SpeechBatch`; `state_dict` and `load_state_dict` restore its place.
+
+    Utterances with an empty text are speech without a transcript: they train the tokenizer's encoder only.
+    """
 
     def __init__(self, config: SpeechDataConfig, processor: Processor, seed: int) -> None:
         self.config, self.processor, self.seed = config, processor, seed
@@ -203,8 +210,9 @@ class SpeechLoader:
             text[b, start : start + len(tokens)] = tokens
             feature_row[b, 2 : 2 + codes] = np.arange(codes)
             labels[b, start - 1 : start - 1 + len(tokens)] = tokens
-            gap = spell(" ")
-            spelled.append(np.concatenate([part for i in row for part in (self.characters[i], gap)][:-1]))
+            parts = [self.characters[i] for i in row]
+            # A row with speech that nobody transcribed has no target at all.
+            spelled.append(_join(parts) if all(map(len, parts)) else parts[0][:0])
         sizes = np.asarray([len(part) for part in spelled])
         arrays = (waves, wave_lengths, text, audio, feature_row, labels, np.concatenate(spelled), sizes)
         return SpeechBatch(*(torch.from_numpy(a) for a in arrays))

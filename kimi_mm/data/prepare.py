@@ -10,9 +10,13 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from kimi_mm.audio.io import read_audio
+from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.data.human import prepare_human, read_clips
 from kimi_mm.data.manifest import write_aside
-from kimi_mm.data.shards import write_shards
+from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
 from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
 from kimi_mm.data.voices import TRAINING_WEIGHTS, UNSEEN
@@ -144,6 +148,24 @@ def human_shards(folder: str | Path, out: str | Path, *, scored_only: bool = Fal
         The number of utterances.
     """
     return write_shards(out, read_clips(folder, scored_only=scored_only), meta={"source": "asterisk-core-sounds-en"})
+
+
+def unlabelled_shards(recording: str | Path, out: str | Path) -> int:
+    """Writes a long recording without transcripts as speech shards whose texts are empty; see `prepare_unlabelled`.
+
+    Args:
+        recording: sound file of any length.
+        out: folder for the shards.
+
+    Returns:
+        The number of pieces, each at most 20 s, cut at silences.
+    """
+    wave, _ = read_audio(recording)
+    clips = [
+        Clip(f"piece-{number:05d}", "", "human-unlabelled", np.round(wave[start:end] * 32767).astype(np.int16))
+        for number, (start, end) in enumerate(split_at_silence(wave))
+    ]
+    return write_shards(out, clips, meta={"source": Path(recording).name})
 
 
 def _report(report: SynthesisReport) -> dict:

@@ -209,7 +209,8 @@ def _ctc(logits: torch.Tensor, valid: torch.Tensor, batch: SpeechBatch) -> torch
     frames = (valid.sum(1) * SLOTS).cpu()
     lengths = batch.character_lengths.cpu()
     losses = F.ctc_loss(logprobs, batch.characters, frames, lengths, reduction="none", zero_infinity=True)
-    return losses.sum() / lengths.sum().to(losses)
+    known = (lengths > 0).to(losses)  # rows without a transcript have nothing to say here
+    return (losses * known).sum() / lengths.sum().clamp_min(1).to(losses)
 
 
 def build_objective(model: Model, recipe: Recipe, config: ModelConfig, teacher: AudioEncoder | None) -> nn.Module:
