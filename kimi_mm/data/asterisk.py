@@ -160,9 +160,10 @@ def load_audio(
     return dict(zip(usable, decode([paths[key].read_bytes() for key in usable]), strict=True))
 
 
-def list_keys(package: str, packages: str | Path | None = None) -> list[str]:
-    """Returns the names of all recordings of a package, sorted."""
-    return sorted(_g722_files(package, packages))
+def list_recordings(package: str, packages: str | Path | None = None) -> dict[str, float]:
+    """Returns the names of all recordings of a package, sorted, with their lengths in seconds."""
+    paths = _g722_files(package, packages)
+    return {key: paths[key].stat().st_size * 2 / SAMPLE_RATE for key in sorted(paths)}
 
 
 def prepare_prompts(
@@ -170,7 +171,7 @@ def prepare_prompts(
 ) -> tuple[list[Prompt], dict[str, np.ndarray], list[int]]:
     """Returns cleaned, split prompts with their lengths, their audio by key, and the component sizes in words."""
     # The texts name a few prompts that were never recorded.
-    recorded = set(list_keys("asterisk-core-sounds-en-g722", packages))
+    recorded = list_recordings("asterisk-core-sounds-en-g722", packages)
     prompts = [p for p in clean_prompts(read_transcripts(packages)) if p.key in recorded]
     progress(f"decoding {len(prompts)} recordings")
     audio = load_audio([prompt.key for prompt in prompts], packages)

@@ -124,6 +124,8 @@ def _saturate(x: np.ndarray) -> np.ndarray:
 
 def _synthesis(bands: np.ndarray) -> np.ndarray:
     """Joins bands [steps, 2] to 16 kHz int16 [2 * steps] by the 24-tap quadrature mirror filter."""
+    if not len(bands):
+        return np.zeros(0, np.int16)
     taps = np.array(QMF, np.int64)
     total, difference = bands[:, 0] + bands[:, 1], bands[:, 0] - bands[:, 1]
     even = np.convolve(difference, taps)[: len(bands)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from kimi_mm.data.asterisk import ATTRIBUTION, SAMPLE_RATE, Prompt, list_keys, load_audio, prepare_prompts
+from kimi_mm.data.asterisk import ATTRIBUTION, SAMPLE_RATE, Prompt, list_recordings, load_audio, prepare_prompts
 from kimi_mm.data.manifest import read_rows, resolve, write_aside, write_manifest, write_rows
 from kimi_mm.data.shards import Clip
 from kimi_mm.errors import UserError
@@ -155,18 +155,18 @@ def prepare_unlabelled(
     parts: list[np.ndarray] = []
     for language in UNLABELLED:
         package = f"asterisk-core-sounds-{language}-g722"
-        keys = list_keys(package, packages)
-        progress(f"decoding {len(keys)} recordings of {package}")
-        audio = load_audio(keys, packages, package=package)
-        budget = minutes * 60 * SAMPLE_RATE / len(UNLABELLED)
-        for index in rng.permutation(len(keys)):
-            wave = audio.get(keys[index])
-            if wave is None or not 2.0 <= len(wave) / SAMPLE_RATE <= 20.0 or np.abs(wave.astype(np.int32)).max() < 500:
-                continue
-            parts.append(wave)
-            budget -= len(wave)
+        lengths = list_recordings(package, packages)
+        usable = [key for key, seconds in lengths.items() if 2.0 <= seconds <= 20.0]
+        chosen, budget = [], minutes * 60 / len(UNLABELLED)
+        for index in rng.permutation(len(usable)):
             if budget <= 0:
                 break
+            chosen.append(usable[index])
+            budget -= lengths[usable[index]]
+        progress(f"decoding {len(chosen)} recordings of {package}")
+        waves = load_audio(chosen, packages, package=package).values()
+        # The packages hold seconds of silence under names like any other.
+        parts += [wave for wave in waves if np.abs(wave.astype(np.int32)).max() >= 500]
     joined = np.concatenate(parts)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with soundfile.SoundFile(

@@ -179,7 +179,7 @@ def speak(clip: PlannedClip, seed: int = 0, tools: str | Path | None = None) -> 
     speech = _voice(clip.voice, str(tools or ""))(clip.text, rng)
     wave = trim(resample(speech.wave, speech.sample_rate))
     seconds, letters = len(wave) / SAMPLE_RATE, sum(c.isalpha() for c in clip.text)
-    if not 0.15 <= seconds <= MAX_SECONDS or not 3.0 <= letters / seconds <= 40.0 or not np.isfinite(wave).all():
+    if not 0.15 <= seconds <= MAX_SECONDS or not 1.5 <= letters / seconds <= 40.0 or not np.isfinite(wave).all():
         raise VoiceError(f"{seconds:.2f} s of speech for {letters} letters")
     level = min(TARGET_RMS / float(np.sqrt(np.mean(wave**2))), PEAK / float(np.abs(wave).max()))
     return Clip(clip.id, clip.text, f"{clip.voice}:{speech.settings}", np.round(wave * level * 32767).astype(np.int16))

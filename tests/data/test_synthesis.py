@@ -1,0 +1,158 @@
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kimi_mm.data.shards import read_shards, shard_path
+from kimi_mm.data.synthesis import PlannedClip, make_plan, resample, speak, synthesise, trim
+from kimi_mm.data.text import Sentence
+from kimi_mm.data.voices import (
+    TRAINING_WEIGHTS,
+    UNSEEN,
+    VoiceError,
+    draw_morph,
+    find_program,
+    make_voice,
+    parse_wav,
+    scale_pitch,
+    warp_axis,
+)
+from kimi_mm.errors import UserError
+
+SENTENCES = [Sentence(f"{i:012x}", f"This is sentence number {i} of the test.", "web", False) for i in range(40)]
+
+
+def tone(hertz: float, seconds: float, rate: int) -> np.ndarray:
+    return np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate).astype(np.float32)
+
+
+def test_plan_uses_every_sentence_before_any_twice_and_keeps_test_voices_out() -> None:
+    plan = make_plan(SENTENCES, count=100, seed=1)
+    counts = Counter(clip.id for clip in plan)
+    assert len(plan) == 100
+    assert set(counts.values()) == {2, 3}
+    assert {clip.voice for clip in plan} <= set(TRAINING_WEIGHTS)
+    assert not set(TRAINING_WEIGHTS) & set(UNSEEN)
+    assert len({(clip.id, clip.voice, clip.copy) for clip in plan}) == 100
+    assert plan == make_plan(SENTENCES, count=100, seed=1)
+    assert plan != make_plan(SENTENCES, count=100, seed=2)
+    assert len(make_plan(SENTENCES)) == 40
+    assert 0.04 < len(make_plan(SENTENCES, hours=0.05)) * 3.1 / 3600 < 0.06
+
+
+def test_plans_that_would_spoil_a_test_are_refused() -> None:
+    with pytest.raises(UserError, match="kept for testing"):
+        make_plan(SENTENCES, voice_weights={"flite-awb": 1.0})
+    held = [Sentence("0", "A held out sentence.", "web", True)]
+    with pytest.raises(UserError, match="held-out"):
+        make_plan(held)
+    assert make_plan(held, voice_weights={"flite-awb": 1.0}, allow_unseen=True)[0].voice == "flite-awb"
+    with pytest.raises(UserError, match="Unknown voice 'nobody'"):
+        make_plan(SENTENCES, voice_weights={"nobody": 1.0})
+    with pytest.raises(UserError, match="Nothing to synthesise"):
+        make_plan([])
+
+
+def test_resampling_keeps_a_tone_and_its_length() -> None:
+    out = resample(tone(440.0, 0.5, 24_000), 24_000)
+    assert len(out) == 8000
+    np.testing.assert_allclose(out[800:-800], tone(440.0, 0.5, 16_000)[800:-800], atol=0.01)
+
+
+def test_trim_leaves_a_margin() -> None:
+    quiet = np.zeros(8000, np.float32)
+    out = trim(np.concatenate([quiet, tone(200.0, 1.0, 16_000), quiet]))
+    assert abs(len(out) - (16_000 + 2 * 1920)) <= 320
+    assert len(trim(quiet)) == 0
+
+
+def test_morphs_move_pitch_and_formants_by_their_factors() -> None:
+    f0 = np.array([0.0, 100.0, 200.0, 0.0], np.float32)
+    np.testing.assert_allclose(scale_pitch(f0, 0.6, 1.0), [0, 60, 120, 0], rtol=1e-5)
+    lively = scale_pitch(f0, 1.0, 1.5)
+    assert lively[2] / lively[1] == pytest.approx(2**1.5, rel=1e-5)
+    spectrum = np.exp(-0.5 * ((np.arange(601) - 200) / 10.0) ** 2)[:, None].astype(np.float32)
+    assert abs(int(warp_axis(spectrum, 0.8)[:, 0].argmax()) - 160) <= 1
+    np.testing.assert_allclose(warp_axis(spectrum, 1.0), spectrum, atol=1e-6)
+    draws = np.array([draw_morph(np.random.default_rng(i)) for i in range(500)])
+    low, high = draws.min(0), draws.max(0)
+    assert (low >= [0.48, 0.80, 0.7]).all()
+    assert (high <= [1.3, 1.14, 1.4]).all()
+    assert np.corrcoef(np.log(draws[:, 0]), draws[:, 1])[0, 1] > 0.8
+
+
+def test_wav_of_a_pipe_has_a_made_up_length() -> None:
+    body = np.array([0, 16384, -32768], "<i2").tobytes()
+    head = b"RIFF" + b"\xff" * 4 + b"WAVEfmt " + (16).to_bytes(4, "little")
+    head += b"\x01\x00\x01\x00" + (22050).to_bytes(4, "little") + (44100).to_bytes(4, "little") + b"\x02\x00\x10\x00"
+    wave, rate = parse_wav(head + b"data" + b"\xff\xff\xff\x7f" + body)
+    assert rate == 22050
+    np.testing.assert_allclose(wave, [0.0, 0.5, -1.0])
+    with pytest.raises(VoiceError):
+        parse_wav(b"")
+
+
+def test_missing_programs_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("KIMI_MM_FLITE", raising=False)
+    with pytest.raises(VoiceError, match=r"'flite' was not found.*KIMI_MM_FLITE.*--tools"):
+        make_voice("flite-rms")
+    program = tmp_path / "usr" / "bin" / "flite"
+    program.parent.mkdir(parents=True)
+    (tmp_path / "usr" / "lib" / "x86_64-linux-gnu").mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    path, environment = find_program("flite", "KIMI_MM_FLITE", tmp_path)
+    assert path == str(program)
+    assert str(tmp_path / "usr/lib/x86_64-linux-gnu") in environment["LD_LIBRARY_PATH"].split(":")
+
+
+@pytest.mark.parametrize("engine", ["flite", "espeak"])
+def test_voices_of_a_program_differ(engine: str) -> None:
+    if shutil.which({"espeak": "espeak-ng"}.get(engine, engine)) is None:
+        pytest.skip(f"{engine} is not installed")
+    voices = [v for v in (*TRAINING_WEIGHTS, *UNSEEN) if v.startswith(engine)]
+    waves = {make_voice(v)("Hello there.", np.random.default_rng(0)).wave.tobytes() for v in voices}
+    assert len(waves) == len(voices)
+
+
+@pytest.mark.slow
+def test_synthesis_is_the_same_for_any_number_of_processes_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("hibari")
+    plan = make_plan(SENTENCES[:6], voice_weights={"hibari-heart": 1.0, "hibari-morph": 2.0}, seed=3)
+    report = synthesise(plan, tmp_path / "one", 1, seed=3, per_shard=2)
+    assert report.utterances == 6
+    assert not report.skipped
+    calls: list[tuple[int, int]] = []
+    synthesise(plan, tmp_path / "two", 2, seed=3, per_shard=3, progress=lambda *c: calls.append(c))
+    assert calls[-1] == (6, 6)
+    first, second = list(read_shards(tmp_path / "one")), list(read_shards(tmp_path / "two"))
+    for a, b, planned in zip(first, second, plan, strict=True):
+        assert (a.id, a.voice) == (b.id, b.voice)
+        assert a.voice.split(":")[0] == planned.voice
+        np.testing.assert_array_equal(a.wave, b.wave)
+    np.testing.assert_array_equal(speak(plan[0], seed=3).wave, first[0].wave)
+
+    index = shard_path(tmp_path / "one", 1)
+    before, untouched = index.with_suffix(".npy").read_bytes(), shard_path(tmp_path / "one", 0).stat().st_mtime_ns
+    index.unlink()
+    index.with_suffix(".npy").unlink()
+    synthesise(plan, tmp_path / "one", 1, seed=3, per_shard=2)
+    assert index.with_suffix(".npy").read_bytes() == before
+    assert shard_path(tmp_path / "one", 0).stat().st_mtime_ns == untouched
+    with pytest.raises(UserError, match="another plan"):
+        synthesise(plan[:4], tmp_path / "one", 1, seed=3, per_shard=2)
+
+
+def test_a_voice_that_returns_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kimi_mm.data import synthesis
+    from kimi_mm.data.voices import Speech
+
+    def silent(text: str, rng: np.random.Generator) -> Speech:
+        return Speech(np.zeros(16_000, np.float32), 16_000, "")
+
+    monkeypatch.setattr(synthesis, "_voice", lambda name, tools: silent)
+    with pytest.raises(VoiceError, match=r"0\.00 s of speech"):
+        speak(PlannedClip("0", "Nothing is heard.", "flite-rms"))
