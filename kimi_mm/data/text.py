@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kimi_mm.data import sources, templates
-from kimi_mm.data.asterisk import read_transcripts
+from kimi_mm.data.asterisk import clean_prompts, read_transcripts
 from kimi_mm.data.numbers import spell_digits
 from kimi_mm.errors import UserError
 from kimi_mm.evaluation.normalize import normalize_english
@@ -114,7 +114,9 @@ def build_texts(packages: str | Path | None = None, seed: int = 0) -> tuple[list
         The sentences, and the counts of what was kept and dropped. No sentence equals an Asterisk prompt or has five
         consecutive words of one, be it in the adaptation or the test half.
     """
-    overlap = Overlap(prompt.text for prompt in read_transcripts(packages))
+    prompts = read_transcripts(packages)
+    # As written, with all their notes and slips, and as corrected.
+    overlap = Overlap(prompt.text for prompt in (*prompts, *clean_prompts(prompts)))
     report, seen, sentences = TextReport(), set(), []
     for source, text, speech in _candidates(packages, seed):
         identity = sentence_id(text)
