@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -58,11 +59,14 @@ def resolve(op: str, device: torch.device | str, force: str | None = None) -> Ca
 def dispatched(op: str, specification: Callable[P, R]) -> Callable[P, R]:
     """Wraps a reference function into one that runs the implementation for its first tensor's device."""
 
+    name = next(iter(inspect.signature(specification).parameters))
+
     @functools.wraps(specification)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = args[0]
-        tensor = first if isinstance(first, torch.Tensor) else first[0]
-        return _resolve(op, tensor.device.type, None)(*args, **kwargs)
+        first: Any = args[0] if args else kwargs[name]
+        if not isinstance(first, torch.Tensor):
+            first = first[0] if first else None
+        return _resolve(op, "cpu" if first is None else first.device.type, None)(*args, **kwargs)
 
     return call
 

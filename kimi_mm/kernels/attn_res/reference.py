@@ -110,16 +110,17 @@ class _Mix(torch.autograd.Function):
 
 
 def _mix(stacked: Tensor, query: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked sources [n, ..., D] -> mixed [..., D], softmax weights [n, ...], inverse RMS [n, ...]."""
     V = _inner(stacked)
     inverse_rms = _inverse_rms(V, eps)
-    weights = torch.softmax(
-        torch.mv(V.flatten(0, -2), (query * norm_weight).to(V.dtype)).view_as(inverse_rms) * inverse_rms, 0
-    )
+    weights = torch.softmax((V @ (query * norm_weight).to(V.dtype)).mul_(inverse_rms), 0)
+    if weights.numel() == weights.shape[0]:  # one token: a single product beats two passes
+        return torch.mv(V.view(V.shape[0], -1).t(), weights.flatten()).view(V.shape[1:]), weights, inverse_rms
     return (V * weights[..., None]).sum(0), weights, inverse_rms
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return (x.square().mean(-1) + eps).rsqrt()
+    return x.square().sum(-1).mul(1.0 / x.shape[-1]).add(eps).rsqrt()
 
 
 def _inner(x: Tensor) -> Tensor:

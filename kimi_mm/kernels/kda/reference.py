@@ -150,13 +150,17 @@ def kda_step(
     B, HV, V, K = state.shape
     with torch.autocast(q.device.type, enabled=False):
         out_dtype = v.dtype
-        q, k, v, g, beta = _prepare(q, k, v, g, beta, gate, A_log, dt_bias, lower_bound, scale, qk_l2norm, beta_sigmoid)
+        if qk_l2norm:  # both at once: at this size every operation costs its launch, not its work
+            both = torch.stack([q, k]).to(state.dtype)
+            q, k = (both * both.square().sum(-1, keepdim=True).add_(L2_EPS).rsqrt_()).unbind(0)
+        factor = K**-0.5 if scale is None else scale
+        q, k, v, g, beta = _prepare(q, k, v, g, beta, gate, A_log, dt_bias, lower_bound, 1.0, False, beta_sigmoid)
         flat = state.view(B * HV, V, K)
         key = k.reshape(B * HV, 1, K)
         flat.mul_(g.exp().view(B * HV, 1, K))
         error = torch.baddbmm(v.reshape(B * HV, V, 1), flat, key.mT, alpha=-1)
         flat.baddbmm_(error.mul_(beta.reshape(B * HV, 1, 1)), key)
-        out = torch.bmm(flat, q.reshape(B * HV, K, 1))
+        out = torch.bmm(flat, (q * factor).reshape(B * HV, 1, K).mT)
         return out.view(B, HV, V).to(out_dtype), state
 
 
@@ -223,7 +227,7 @@ def _prepare(
     if qk_l2norm:
         q = q * ((q.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() * factor)
         k = k * (k.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()
-    else:
+    elif factor != 1.0:
         q = q * factor
     repeat = v.shape[-2] // k.shape[-2]
     if repeat > 1:

@@ -70,7 +70,7 @@ def moe_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         weights = weights.to(x.dtype)
-        if x.device.type == "cpu" and indices.numel() <= FEW_ROWS and not torch.is_grad_enabled():
+        if x.device.type == "cpu" and 0 < indices.numel() <= FEW_ROWS and not torch.is_grad_enabled():
             return _one_by_one(x, indices, weights, gate_up, down)
         if x.device.type != "cpu" and not _can_group(x, gate_up, down):
             return _all_experts(x, indices, weights, gate_up, down)
@@ -94,7 +94,7 @@ def _sorted_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor
         ]
         out = torch.cat(parts) if parts else rows
     back = torch.empty_like(order).scatter_(0, order, torch.arange(N * k, device=order.device))
-    return (out[back].view(N, k, -1) * weights[..., None]).sum(1)
+    return (out[back].view(N, k, x.shape[1]) * weights[..., None]).sum(1)
 
 
 def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
