@@ -125,7 +125,7 @@ class AudioEncoder(nn.Module):
         limit = 2 * self.config.max_positions
         outputs = []
         for number, piece in enumerate(mel.split(limit, dim=1)):
-            valid = None if lengths is None else (lengths - number * self.config.max_positions).clamp_min(1)
+            valid = None if lengths is None else lengths - number * self.config.max_positions
             outputs.append(self._segment(piece, valid))
         return torch.cat(outputs, 1)
 
@@ -135,10 +135,8 @@ class AudioEncoder(nn.Module):
         x = F.gelu(self.conv2(F.pad(x, pad))).transpose(1, 2)
         length = x.shape[1]
         x = x + self.positions[:length]
-        mask = block_causal_mask(length, self.config.block_size, x.device)
-        if lengths is not None:
-            keys = torch.arange(length, device=x.device) < lengths[:, None]
-            mask = keys[:, None, None] if mask is None else mask & keys[:, None, None]
+        valid = None if lengths is None else torch.arange(length, device=x.device) < lengths[:, None]
+        mask = attention_mask(length, self.config.block_size, valid, x.device)
         for layer in self.layers:
             x, _ = layer(x, mask)
         return self.layer_norm(x)
@@ -153,7 +151,8 @@ class AudioEncoder(nn.Module):
         Returns:
             [B, T / 2, D] and the next state; equal to the same frames of `forward`.
         """
-        assert self.streams and mel.shape[1] % 2 == 0
+        assert self.streams
+        assert mel.shape[1] % 2 == 0
         if state.position >= self.config.max_positions:
             state = EncoderState()
         before = mel.new_zeros(len(mel), 2, mel.shape[2]) if state.mel is None else state.mel
@@ -171,12 +170,26 @@ class AudioEncoder(nn.Module):
         return self.layer_norm(x), EncoderState(mel[:, -2:], joined[:, :, -2:], present, state.position + x.shape[1])
 
 
-def block_causal_mask(length: int, block: int | None, device: torch.device) -> torch.Tensor | None:
-    """Returns [length, length] bool, True where frame i may see frame j: j's block is i's or an earlier one."""
-    if block is None or length <= block:
-        return None
-    number = torch.arange(length, device=device) // block
-    return number[:, None] >= number[None]
+def attention_mask(
+    length: int, block: int | None, valid: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """Returns a bool mask broadcastable to [B, H, length, length], True where frame i may see frame j.
+
+    Args:
+        length: frames.
+        block: j's block must be i's or an earlier one; None: no restriction.
+        valid: [B, length], True where there is something to see; None: everywhere.
+        device: of the mask.
+    """
+    mask = None
+    if block is not None and length > block:
+        number = torch.arange(length, device=device) // block
+        mask = number[:, None] >= number[None]
+    if valid is not None:
+        # The first frame can always be seen: a softmax over nothing is NaN.
+        keys = (valid | (torch.arange(length, device=device) == 0))[:, None, None]
+        mask = keys if mask is None else mask & keys
+    return mask
 
 
 def sinusoids(length: int, channels: int) -> torch.Tensor:

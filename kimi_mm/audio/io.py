@@ -72,9 +72,10 @@ def to_mono(wave: np.ndarray | torch.Tensor, channel_axis: int | None = None) ->
         channel_axis: of two axes, the one to mix down; None takes the shorter one.
     """
     if isinstance(wave, torch.Tensor):
-        wave = wave.detach().float() if wave.is_floating_point() else wave.detach()
-        wave = wave.cpu().numpy()
-    samples = np.asarray(wave)
+        tensor = torch.as_tensor(wave).detach().cpu()
+        samples = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    else:
+        samples = np.asarray(wave)
     if samples.ndim > 2:
         raise AudioError(f"samples have shape {list(samples.shape)}; expected [S], [channels, S] or [S, channels].")
     if samples.dtype == np.uint8:

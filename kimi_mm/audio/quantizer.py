@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kimi_mm.audio.encoder import EncoderLayer, KeyValue, block_causal_mask, sinusoids
+from kimi_mm.audio.encoder import EncoderLayer, KeyValue, attention_mask, sinusoids
 from kimi_mm.config import AudioTokenizerConfig
 from kimi_mm.errors import UserError
 
@@ -84,8 +84,16 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("ema_sum", codebook.clone())
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
-        """Quantizes features [B, N, F]; in training mode the codebook learns from positions where mask [B, N] is set."""
-        z = self.project(features).float()
+        """Quantizes feature rows; in training mode, with gradients on, the codebook learns from them.
+
+        Args:
+            features: [B, N, F].
+            mask: [B, N] bool, True at rows that hold sound; the others enter neither attention, loss nor codebook.
+
+        Returns:
+            Codes, their vectors and the commitment loss.
+        """
+        z = self.project(features, mask).float()
         codes = self.nearest(z)
         quantized = F.embedding(codes, self.codebook)
         valid = torch.ones(codes.shape, device=codes.device) if mask is None else mask.float()
@@ -94,16 +102,20 @@ class VectorQuantizer(nn.Module):
             self._update(z.detach(), codes, valid)
         return Quantized(codes, z + (quantized - z).detach(), self.config.commitment_weight * commitment)
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
+    def project(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Maps features [B, N, F] to the vectors [B, N, C] that are quantized; long input goes segment by segment."""
         if not self.layers:
             return features.unflatten(-1, (self.pooling, -1)).mean(-2)
         outputs = []
-        for piece in features.split(self.max_positions, dim=1):
-            x = self.inner(piece) + self.positions[: piece.shape[1]]
-            mask = block_causal_mask(piece.shape[1], self.block, piece.device)
+        for first in range(0, features.shape[1], self.max_positions):
+            span = slice(first, first + self.max_positions)
+            x = self.inner(features[:, span])
+            length = x.shape[1]
+            x = x + self.positions[:length]
+            valid = None if mask is None else mask[:, span].bool()
+            seen = attention_mask(length, self.block, valid, x.device)
             for layer in self.layers:
-                x, _ = layer(x, mask)
+                x, _ = layer(x, seen)
             outputs.append(self.outer(self.norm(x)))
         return torch.cat(outputs, 1)
 
@@ -131,12 +143,21 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_codebook(self, vectors: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Places the codes on randomly chosen vectors [n, C], with a little noise where n is smaller than K."""
+        """Places the codes on randomly chosen vectors [n, C], repeated if n is smaller than K, with a little noise.
+
+        Raises:
+            UserError: when there are no vectors, or they are of another width.
+        """
         count = len(self.codebook)
+        if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != self.codebook.shape[1]:
+            raise UserError(
+                f"vectors of shape {list(vectors.shape)} cannot start a codebook; "
+                f"expected [n, {self.codebook.shape[1]}] with n at least 1."
+            )
         order = torch.randperm(len(vectors), generator=generator)[:count]
         index = order[torch.arange(count) % len(order)].to(vectors.device)
         noise = torch.randn(self.codebook.shape, generator=generator).to(vectors.device)
-        self.codebook.copy_(vectors[index].float() + 0.01 * vectors.float().std() * noise)
+        self.codebook.copy_(vectors[index].float() + 0.01 * vectors.float().std(correction=0) * noise)
         self.restart_averages()
 
     @torch.no_grad()
@@ -156,14 +177,17 @@ class VectorQuantizer(nn.Module):
         # Valid positions come first in `order`, so a fraction of their number picks one of them without a host sync.
         order = valid.argsort(descending=True, stable=True)
         pick = order[(torch.rand(size, device=z.device) * valid.sum()).long().clamp_max(len(order) - 1)]
-        dead = self.ema_count < self.config.revive_below
+        dead = (self.ema_count < self.config.revive_below) & (valid.sum() > 0)
         self.ema_count.copy_(torch.where(dead, torch.ones_like(self.ema_count), self.ema_count))
         self.ema_sum.copy_(torch.where(dead[:, None], z[pick], self.ema_sum))
         self.codebook.copy_(self.ema_sum / self.ema_count[:, None])
 
 
 def usage(counts: torch.Tensor) -> tuple[float, float]:
-    """Returns the share of codes in use and the perplexity of their distribution, from counts [K]."""
+    """Returns the share of codes in use and the perplexity of their distribution, from counts [K].
+
+    A codebook used evenly has perplexity K, one of which a single code is used 1.
+    """
     p = counts.double() / counts.sum().clamp_min(1)
     entropy = -(p * p.clamp_min(1e-12).log()).sum()
     return float((counts > 0).double().mean()), float(entropy.exp())

@@ -24,14 +24,16 @@ def split_at_silence(
     """Returns pieces (start, end) in samples, in order, without overlap.
 
     Args:
-        wave: mono [S], fp32.
+        wave: mono [S], fp32 in [-1, 1].
         sample_rate: Hz.
         max_seconds: longest piece.
         min_cut_seconds: a forced cut leaves at least this much on both sides.
 
     Returns:
-        No piece at all when the whole recording is silent.
+        No piece at all when the whole recording is silent, or empty.
     """
+    if not len(wave):
+        return []
     frame = FRAME * sample_rate // 16_000
     level = _level(wave, frame)
     loud = level > _threshold(level)
@@ -47,7 +49,7 @@ def _level(wave: np.ndarray, frame: int) -> np.ndarray:
     """Level of each 20 ms frame in dB below full scale."""
     padded = np.pad(wave, (0, -len(wave) % frame)).reshape(-1, frame)
     padded = padded - padded.mean(1, keepdims=True)
-    power = np.maximum(np.mean(np.square(padded, dtype=np.float64), 1), 1e-12)
+    power = np.maximum(np.einsum("ij,ij->i", padded, padded, dtype=np.float64) / frame, 1e-12)
     return 10 * np.log10(power)
 
 

@@ -2,8 +2,10 @@
 
     wave ─► mono 16 kHz ─► log-mel ─► encoder (50 Hz) ─► 4 frames side by side ─► features [N, F] ─► codes [N]
 
-N = ceil(seconds * 12.5): the recording is padded with zeros to a multiple of 1280 samples. `encode` runs the very
-stream that `stream` hands out, block by block, so codes do not depend on how a recording is cut into pieces.
+N = ceil(S / 1280): the recording is padded with zeros to a multiple of 1280 samples. At another rate S is
+ceil(samples * 16000 / rate). `encode` runs the very stream that `stream` hands out, block by block, so codes do not
+depend on how a recording is cut into pieces. A tokenizer that cannot stream (Whisper's full attention, a mel floor per
+clip) takes each 30 s as a recording of its own, as the published ones do.
 
 Shapes: B rows, S samples at 16 kHz, N codes, F feature width.
 """
@@ -54,16 +56,20 @@ class AudioTokenizer(nn.Module):
             AudioError: on empty input, NaN or infinite samples, or an impossible rate.
         """
         samples = to_mono_16k(wave, sample_rate)
+        segments = [samples[at : at + self._segment] for at in range(0, len(samples), self._segment)]
         if self.streams:
             stream = self.stream()
-            return join([stream.push(samples), stream.flush()])
-        step = self.config.samples_per_code
-        padded = np.pad(samples, (0, -len(samples) % step))
-        features = self.features_from_wave(torch.from_numpy(padded)[None].to(self.device))
-        return AudioTokens(self.quantizer.nearest(self.quantizer.project(features).float())[0], features[0].float())
+            return join([*(stream.push(segment) for segment in segments), stream.flush()])
+        pieces = []
+        for segment in segments:
+            padded = np.pad(segment, (0, -len(segment) % self.config.samples_per_code))
+            features = self.features_from_wave(torch.from_numpy(padded)[None].to(self.device))
+            codes = self.quantizer.nearest(self.quantizer.project(features).float())
+            pieces.append(AudioTokens(codes[0], features[0].float()))
+        return join(pieces)
 
     def encode_batch(self, waves: list[np.ndarray], sample_rate: int = 16_000) -> list[AudioTokens]:
-        """Tokenizes several recordings, each exactly as alone."""
+        """Tokenizes several recordings of any lengths, each exactly as alone."""
         return [self.encode(wave, sample_rate) for wave in waves]
 
     def stream(self, sample_rate: int = 16_000) -> AudioStream:
@@ -72,19 +78,41 @@ class AudioTokenizer(nn.Module):
 
     # ---- training path -----------------------------------------------------------------------------------------
 
-    def features_from_wave(self, wave: torch.Tensor) -> torch.Tensor:
-        """Maps waves [B, S] at 16 kHz, S a multiple of 1280, to features [B, S / 1280, F]; differentiable."""
-        hidden = self.encoder(self.log_mel(wave))
-        return hidden.unflatten(1, (-1, self.config.pooling)).flatten(2)
+    def features_from_wave(self, wave: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes features as `encode` does, differentiable and without host synchronisation.
+
+        Args:
+            wave: [B, S] at 16 kHz, S a multiple of 1280.
+            lengths: [B] samples of each row that are not padding; attention then hides what lies behind, and a row
+                differs from the recording alone only by the 2.5 ms that are mirrored at a recording's end. None: all.
+
+        Returns:
+            [B, S / 1280, F].
+        """
+        code, pooling = self.config.samples_per_code, self.config.pooling
+        frames = None if lengths is None else (lengths + code - 1) // code * pooling
+        hidden = self.encoder(self.log_mel(wave), frames)
+        return hidden.unflatten(1, (-1, pooling)).flatten(2)
 
     def log_mel(self, wave: torch.Tensor, dynamic_range: str | None = None) -> torch.Tensor:
-        """Log-mel [B, S / 160, M] of waves [B, S], with the running floor in step with the encoder's blocks."""
+        """Log-mel [B, S / 160, M] of waves [B, S].
+
+        The running floor keeps step with the encoder's blocks; with "clip", or when the tokenizer cannot stream, each
+        30 s segment is a clip.
+        """
         block = self.config.encoder.block_size
-        return self.mel(wave, None if block is None else 2 * block, dynamic_range)
+        if self.streams and block is not None and dynamic_range != "clip":
+            return self.mel(wave, 2 * block, dynamic_range)
+        return torch.cat([self.mel(segment, None, dynamic_range) for segment in wave.split(self._segment, 1)], 1)
 
     def quantize(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
         """Quantizes features [B, N, F]; see `VectorQuantizer.forward`."""
         return self.quantizer(features, mask)
+
+    @property
+    def _segment(self) -> int:
+        """Samples of a 30 s segment."""
+        return self.config.encoder.max_positions * self.config.samples_per_code // self.config.pooling
 
     @property
     def streams(self) -> bool:

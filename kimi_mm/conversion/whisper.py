@@ -71,6 +71,8 @@ def encoder_state(path: str | Path) -> dict[str, torch.Tensor]:
     for name, array in read_variables(path):
         if not name.startswith("encoder/") or "position_encodings" in name:
             continue
+        if array.ndim and not np.issubdtype(array.dtype, np.floating):
+            raise CheckpointError(f"{path}: variable '{name}' is quantized ({array.dtype}); convert with float16.")
         tensor = torch.from_numpy(array.copy())
         stem, _, suffix = name.removeprefix("encoder/").rpartition("/")
         if suffix not in _SUFFIXES:
