@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--shapes", type=int, nargs="*", help="rows of the table to run; all by default")
     parser.add_argument("--backward", action="store_true", help="time forward + backward")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -41,7 +42,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {arguments.threads} threads, fp32, median / best of {arguments.repeats} runs")
     print("|    B |     T |    H |  K=V | gate     | fallback ms     | ours ms         | ratio | max diff |")
     print("|-----:|------:|-----:|-----:|:---------|----------------:|----------------:|------:|---------:|")
-    for B, T, H, K in SHAPES:
+    for B, T, H, K in (SHAPES[i] for i in arguments.shapes or range(len(SHAPES))):
         for gate in ("bounded", "softplus"):
             inputs = _inputs(B, T, H, K)
             q, k, v, z, beta = inputs

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kimi_mm import kernels
 from kimi_mm.config import MoEConfig
+from kimi_mm.kernels.precision import without_autocast
 from kimi_mm.text.mlp import DenseMLP
 
 
@@ -38,7 +39,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, D] -> indices [N, k], weights [N, k]; rows with valid [N] False are not counted."""
         config = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             inner = torch.float64 if x.dtype == torch.float64 else torch.float32
             indices, weights = kernels.moe_route(
                 F.linear(x.to(inner), self.weight.to(inner)),

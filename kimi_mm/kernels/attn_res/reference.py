@@ -72,11 +72,11 @@ def attn_res_finish(
     """
     if partial is None:
         return mixed / total[..., None]
-    partial = _inner(partial)
-    logit = (partial @ (query * norm_weight).to(partial.dtype)) * _inverse_rms(partial, eps)
+    last = _inner(partial)
+    logit = (last @ (query * norm_weight).to(last.dtype)) * _inverse_rms(last, eps)
     top = torch.maximum(peak, logit)
     old, new = (peak - top).exp(), (logit - top).exp()
-    return (old[..., None] * mixed + new[..., None] * partial) / (old * total + new)[..., None]
+    return (old[..., None] * mixed + new[..., None] * last) / (old * total + new)[..., None]
 
 
 class _Mix(torch.autograd.Function):
@@ -120,7 +120,7 @@ def _mix(stacked: Tensor, query: Tensor, norm_weight: Tensor, eps: float) -> tup
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return x.square().sum(-1).mul(1.0 / x.shape[-1]).add(eps).rsqrt()
+    return x.square().sum(-1).mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _inner(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_mm.kernels.kda.blocks import DecayedScores, UnitLowerInverse
+from kimi_mm.kernels.precision import without_autocast
 
 GATES = ("given", "bounded", "softplus")
 L2_EPS = 1e-6
@@ -77,7 +78,7 @@ def chunk_kda(
     _check(q, k, v, g, beta, gate, lower_bound)
     if cu_seqlens is not None and (q.shape[0] != 1 or lengths is not None):
         raise ValueError("cu_seqlens needs batch size 1 and no lengths; pass one packed row.")
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out_dtype = v.dtype
         q, k, v, g, beta = _prepare(q, k, v, g, beta, gate, A_log, dt_bias, lower_bound, scale, qk_l2norm, beta_sigmoid)
         bounded = gate == "bounded" or lower_bound is not None
@@ -148,7 +149,7 @@ def kda_step(
     """
     _check(q, k, v, g, beta, gate, lower_bound)
     B, HV, V, K = state.shape
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out_dtype = v.dtype
         if qk_l2norm:  # both at once: at this size every operation costs its launch, not its work
             both = torch.stack([q, k]).to(state.dtype)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kimi_mm.kernels.precision import autocast_enabled, without_autocast
+
 FEW_ROWS = 4  # up to here picking experts one by one costs less than sorting
 
 
@@ -65,10 +67,10 @@ def moe_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
     Returns:
         [N, D] in the dtype of x (under autocast, of autocast).
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x.device):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         weights = weights.to(x.dtype)
         if x.device.type == "cpu" and 0 < indices.numel() <= FEW_ROWS and not torch.is_grad_enabled():
             return _one_by_one(x, indices, weights, gate_up, down)
@@ -98,11 +100,13 @@ def _sorted_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor
 
 
 def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    rows = [
-        torch.stack([F.linear(_swiglu(F.linear(x[n], gate_up[e])), down[e]) for e in picked])
-        for n, picked in enumerate(indices.tolist())
-    ]
-    return torch.bmm(weights[:, None], torch.stack(rows))[:, 0]
+    """A handful of matrix-vector products, for decoding: no sort, no gather, few operations."""
+    out = torch.zeros_like(x)
+    for row, total, picked, shares in zip(x.unbind(0), out.unbind(0), indices.tolist(), weights.tolist(), strict=True):
+        for expert, share in zip(picked, shares, strict=True):
+            hidden = _swiglu(torch.mv(gate_up.select(0, expert), row))
+            total.addmv_(down.select(0, expert), hidden, alpha=share)
+    return out
 
 
 def _all_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
