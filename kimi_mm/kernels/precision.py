@@ -16,4 +16,4 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def autocast_enabled(device: torch.device) -> bool:
     """True inside an autocast region of this kind of device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -123,7 +123,9 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 def _can_group(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     """`grouped_mm` wants rows of whole 16 bytes; on a GPU only its bf16 form works without a readback."""
-    if x.dtype != gate_up.dtype or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not hasattr(F, "grouped_mm") or x.dtype != gate_up.dtype:  # older torch has no public grouped product
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
     if x.device.type != "cpu" and x.dtype != torch.bfloat16:
         return False
