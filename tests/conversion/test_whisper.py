@@ -40,7 +40,9 @@ def variables() -> dict[str, np.ndarray]:
         found |= norm(f"{prefix}/self_attention/layer_norm") | linear(f"{prefix}/self_attention/linear_0", 3 * D, D)
         found |= linear(f"{prefix}/self_attention/linear_1", D, D) | norm(f"{prefix}/ffn/layer_norm")
         found |= linear(f"{prefix}/ffn/linear_0", FFN, D) | linear(f"{prefix}/ffn/linear_1", D, FFN)
-    return {name: array.astype(np.float16) for name, array in found.items()} | {"encoder/num_heads": np.int16(2)}
+    return {name: array.astype(np.float16) for name, array in found.items()} | {
+        "encoder/num_heads": np.array(2, np.int16)
+    }
 
 
 def encode(found: dict[str, np.ndarray], version: int = 6, architecture: str = "WhisperSpec") -> bytes:
