@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kimi_mm.data.text import WORDS
 from kimi_mm.errors import CheckpointError
 from kimi_mm.evaluation.normalize import normalize_english
 from kimi_mm.processing import IGNORE, Processor
@@ -223,7 +224,7 @@ class TextLoader:
 
     def __init__(self, config: TextDataConfig, processor: Processor, seed: int) -> None:
         self.config, self.processor, self.seed = config, processor, seed
-        texts = [polish(row["text"]) for row in read_texts(config.path) if not row.get("held_out")]
+        texts = training_texts(config.path)
         self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
         self.epoch, self.cursor = 0, 0
 
@@ -256,6 +257,12 @@ class TextLoader:
         if len(joined[0]) < self.config.batch_rows * self.config.row_tokens:
             raise CheckpointError(f"{self.config.path}: too little text for one batch.")
         return joined  # type: ignore[return-value]
+
+
+def training_texts(path: str | Path) -> list[str]:
+    """Returns the sentences of `texts.jsonl.gz` that language training may read: sensible, and not held out."""
+    rows = read_texts(path)
+    return [polish(row["text"]) for row in rows if not row.get("held_out") and row.get("source") != WORDS]
 
 
 def read_texts(path: str | Path) -> list[dict]:

@@ -20,12 +20,14 @@ from pathlib import Path
 from kimi_mm.data import sources, templates
 from kimi_mm.data.asterisk import clean_prompts, read_transcripts
 from kimi_mm.data.numbers import spell_digits
+from kimi_mm.data.salad import word_salads
 from kimi_mm.errors import UserError
 from kimi_mm.evaluation.normalize import normalize_english
 
 HELD_OUT_MODULUS = 50
 OVERLAP_WORDS = 5
 TEMPLATES = {"telephony": 14_000, "everyday": 9_000}
+WORDS, SALADS = "words", 40_000  # sentences without sense; text training leaves them out
 
 _STRAIGHT = str.maketrans(
     {"“": "", "”": "", '"': "", "‘": "", "’": "'", "`": "'", "—": ", ", "–": "-", "\u00a0": " ", "…": "..."}
@@ -118,7 +120,13 @@ def build_texts(packages: str | Path | None = None, seed: int = 0) -> tuple[list
     # As written, with all their notes and slips, and as corrected.
     overlap = Overlap(prompt.text for prompt in (*prompts, *clean_prompts(prompts)))
     report, seen, sentences = TextReport(), set(), []
-    for source, text, speech in _candidates(packages, seed):
+
+    def candidates() -> Iterator[tuple[str, str, bool]]:
+        yield from _candidates(packages, seed)
+        # Made of the sentences collected until here, so last.
+        yield from ((WORDS, text, True) for text in word_salads([s.text for s in sentences if not s.held_out], SALADS, seed))
+
+    for source, text, speech in candidates():
         identity = sentence_id(text)
         if identity in seen:
             report.duplicates += 1

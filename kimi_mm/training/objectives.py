@@ -79,7 +79,7 @@ class TokenizerObjective(nn.Module):
         waves, lengths = batch.waves.float() / 32768, batch.wave_lengths
         valid = _valid_codes(lengths, waves.shape[1])
         noisy = augment(waves, lengths, self.recipe.augment) if augmented else waves
-        features = self.tokenizer.features_from_wave(noisy)
+        features = self.tokenizer.features_from_wave(noisy, lengths)
         with torch.no_grad():
             target = _teacher_features(self.teacher, self.tokenizer, waves)
         distil = _masked_mse(_unit(features, self.tokenizer), _unit(target, self.tokenizer), valid)
@@ -122,7 +122,7 @@ class SpeechTextObjective(nn.Module):
         if augmented:
             waves = augment(waves, lengths, self.recipe.augment)
         audio_ids, features, mask = self._listen(waves, batch)
-        hidden = self._run(batch.text_ids, audio_ids, features, mask)
+        hidden = self._run(self._misheard(batch), audio_ids, features, mask)
         text = _cross_entropy(self.backbone, hidden, batch.labels, self.recipe.label_smoothing)
         loss, losses = text, {"text": text}
         if self.recipe.ctc_weight:
@@ -133,6 +133,15 @@ class SpeechTextObjective(nn.Module):
             losses["ctc"] = _ctc(logits, _valid_codes(lengths, waves.shape[1]), batch)
             loss = loss + self.recipe.ctc_weight * losses["ctc"]
         return {"loss": loss, **losses}
+
+    def _misheard(self, batch: SpeechBatch) -> torch.Tensor:
+        """Replaces a share of the words already written, so that the next one has to be heard rather than guessed."""
+        share = self.recipe.token_corruption if self.training else 0.0
+        if not share:
+            return batch.text_ids
+        tokens, limit = batch.text_ids, self.config.vocab.num_text_tokens
+        hit = (torch.rand(tokens.shape, device=tokens.device) < share) & (tokens < limit)
+        return torch.where(hit, torch.randint_like(tokens, limit), tokens)
 
     def text_losses(self, batch: TextBatch) -> Losses:
         """Next-token loss on text alone, which keeps the language prior alive."""
@@ -147,8 +156,8 @@ class SpeechTextObjective(nn.Module):
         Dropping the features of some rows, the codes of others, and short spans of both makes each useful alone.
         """
         tokenizer, drop = self._tokenizer[0], self.recipe.feature_dropout if self.training else 0.0
-        features = tokenizer.features_from_wave(waves)
-        codes = tokenizer.quantize(features).codes
+        features = tokenizer.features_from_wave(waves, batch.wave_lengths)
+        codes = tokenizer.quantize(features, _valid_codes(batch.wave_lengths, waves.shape[1])).codes
         rows = batch.feature_row.clamp_min(0)
         shown = batch.feature_row >= 0
         codes, features = codes.gather(1, rows), _gather_rows(features, rows)

@@ -75,6 +75,8 @@ class Recipe(Config):
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
         stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
         cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
+        token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
+        anneal_by_time: the schedule follows the clock to `time_limit_seconds` where that is further than the steps.
         text_share: share of the steps of the asr stage that train on text alone.
     """
 
@@ -91,11 +93,13 @@ class Recipe(Config):
     gradient_accumulation: int = 1
     save_every: int = 500
     log_every: int = 20
+    anneal_by_time: bool = False
     stop_after: int = 0
     time_limit_seconds: float = 0.0  # 0: none; otherwise the run saves and stops before it
     text_share: float = 0.15
     ctc_weight: float = 0.3
     feature_dropout: float = 0.1
+    token_corruption: float = 0.0
     label_smoothing: float = 0.05
     optim: OptimConfig = field(default_factory=OptimConfig)
     speech: SpeechDataConfig = field(default_factory=SpeechDataConfig)

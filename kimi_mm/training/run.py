@@ -13,7 +13,7 @@ from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
 from kimi_mm.data.debug import write_debug_data
-from kimi_mm.data.loader import SpeechLoader, TextLoader, polish, read_texts
+from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
 from kimi_mm.processing import Processor
@@ -101,8 +101,7 @@ def _text_tokenizer(recipe: Recipe, config: ModelConfig) -> TextTokenizer:
         return TextTokenizer.load(recipe.tokenizer)
     if not recipe.text.path:
         raise ConfigError("text.path: needed to train a text tokenizer, since neither init nor tokenizer is given.")
-    texts = [polish(row["text"]) for row in read_texts(recipe.text.path) if not row.get("held_out")]
-    return TextTokenizer.train(texts, config.vocab.num_text_tokens)
+    return TextTokenizer.train(training_texts(recipe.text.path), config.vocab.num_text_tokens)
 
 
 def _teacher(recipe: Recipe, config: ModelConfig) -> AudioEncoder | None:

@@ -75,12 +75,14 @@ class Trainer:
         self.loaders = {"speech": speech, "text": text}
         self.step = 0
         self.stopped = False
+        self.started = 0.0
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def train(self, *, resume: bool = True) -> dict[str, float]:
         """Trains to `recipe.steps`, or until the time limit or SIGTERM; returns the last logged numbers."""
         recipe, started = self.recipe, time.monotonic()
+        self.started = started
         self.run.mkdir(parents=True, exist_ok=True)
         if resume and (states := list_states(self.run)):
             self._restore(states[-1])
@@ -119,7 +121,7 @@ class Trainer:
 
     def _one_step(self, sources: dict[str, Prefetcher]) -> dict[str, torch.Tensor]:
         recipe = self.recipe
-        factor = lr_factor(self.step, recipe.steps, recipe.optim)
+        factor = lr_factor(self._progress(), recipe.steps, recipe.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         # Which source a step uses is a function of the step, so that a resumed run agrees.
@@ -144,6 +146,13 @@ class Trainer:
         if norm is not None:
             numbers["grad_norm"] = torch.as_tensor(norm).detach()
         return numbers
+
+    def _progress(self) -> int:
+        """Returns the step that the schedule is at; by the clock, where the recipe says so and that is further."""
+        if not self.recipe.anneal_by_time or self.step < self.recipe.optim.warmup_steps:
+            return self.step
+        share = (time.monotonic() - self.started) / self.recipe.time_limit_seconds
+        return max(self.step, int(share * self.recipe.steps))
 
     def _losses(self, batch: Any) -> dict[str, torch.Tensor]:
         if isinstance(batch, TextBatch) and self.recipe.stage == "asr":

@@ -83,7 +83,8 @@ def _sorted_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor
     N, k = indices.shape
     ids, order = indices.flatten().sort(stable=True)
     ends = torch.searchsorted(ids, torch.arange(gate_up.shape[0], device=ids.device), right=True, out_int32=True)
-    rows = x[order // k]  # [R, D]
+    # index_select: the backward of advanced indexing sorts, this one adds.
+    rows = x.index_select(0, order // k)  # [R, D]
     if _can_group(x, gate_up, down):
         hidden = _swiglu(F.grouped_mm(rows, gate_up.mT, offs=ends))
         out = F.grouped_mm(hidden, down.mT, offs=ends)
