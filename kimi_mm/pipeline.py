@@ -1,6 +1,6 @@
 """The model as people use it: load by name, transcribe a recording of any length.
 
-    recording ─► 16 kHz mono ─► pieces cut at silences ─► codes + features ─► prompts ─► text, piece by piece
+recording ─► 16 kHz mono ─► pieces cut at silences ─► codes + features ─► prompts ─► text, piece by piece
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ class KimiMM:
         Raises:
             AudioError: when the recording cannot be read or used.
         """
-        if isinstance(audio, (np.ndarray, torch.Tensor)):
+        if isinstance(audio, (str, Path, bytes)):
+            wave, seconds = read_audio(audio)
+        else:
             wave = to_mono_16k(audio, sample_rate)
             seconds = len(wave) / SAMPLE_RATE
-        else:
-            wave, seconds = read_audio(audio)
         pieces = split_at_silence(wave)
         # Pieces of like length share a batch; results go back to their places.
         order = sorted(range(len(pieces)), key=lambda i: pieces[i][1] - pieces[i][0], reverse=True)

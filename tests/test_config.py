@@ -22,7 +22,8 @@ def test_every_recipe_loads_at_both_sizes(path):
     name = f"{path.parent.name}/{path.stem}"
     for debug in (False, True):
         recipe, config = load_recipe(name, debug=debug)
-        assert recipe.stage and config.name
+        assert recipe.stage
+        assert config.name
 
 
 def test_unknown_key_names_file_and_nearest_key(tmp_path):

@@ -8,7 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
-_WORDS = "one two three four five six seven eight nine ten left right up down stop go".split()
+_WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "left",
+    "right",
+    "up",
+    "down",
+    "stop",
+    "go",
+]
 
 
 def write_debug_data(folder: Path, count: int = 48, seed: int = 0) -> tuple[Path, Path]:

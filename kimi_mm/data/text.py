@@ -124,7 +124,8 @@ def build_texts(packages: str | Path | None = None, seed: int = 0) -> tuple[list
     def candidates() -> Iterator[tuple[str, str, bool]]:
         yield from _candidates(packages, seed)
         # Made of the sentences collected until here, so last.
-        yield from ((WORDS, text, True) for text in word_salads([s.text for s in sentences if not s.held_out], SALADS, seed))
+        known = [sentence.text for sentence in sentences if not sentence.held_out]
+        yield from ((WORDS, text, True) for text in word_salads(known, SALADS, seed))
 
     for source, text, speech in candidates():
         identity = sentence_id(text)

@@ -67,7 +67,8 @@ def train(
         model.audio.encoder.load_state_dict(teacher.state_dict())
     speech = SpeechLoader(settings.speech, processor, settings.seed) if settings.stage != "text" else None
     if settings.stage == "asr" and speech is not None and not all(item.text for item in speech.shards.utterances):
-        raise CheckpointError(f"{', '.join(settings.speech.folders)}: holds speech without transcripts; asr needs text.")
+        folders = ", ".join(settings.speech.folders)
+        raise CheckpointError(f"{folders}: holds speech without transcripts; the asr stage needs text.")
     needs_text = settings.stage == "text" or (settings.stage == "asr" and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
     objective = build_objective(model, settings, config, teacher)

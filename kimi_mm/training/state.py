@@ -1,7 +1,7 @@
 """Checkpoints of a training run: everything that an exact resume needs, written so that a kill loses nothing.
 
-    RUN/step-000500/{model.safetensors, training.pt}     named once whole; older ones are removed after that
-    RUN/model/                                           the model as users load it, written at the end
+RUN/step-000500/{model.safetensors, training.pt}     named once whole; older ones are removed after that
+RUN/model/                                           the model as users load it, written at the end
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def load_state(path: Path, module: torch.nn.Module) -> dict[str, Any]:
         tensors = load_file(path / "model.safetensors")
         extra = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged training checkpoint ({error}); delete it to use the one before.") from None
+        raise CheckpointError(
+            f"{path}: damaged training checkpoint ({error}); delete it to go on from the one before."
+        ) from None
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     own = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
     loaded = {own[name] for name in tensors if name in own}

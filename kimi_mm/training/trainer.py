@@ -1,6 +1,6 @@
 """The training loop: accelerate for devices and precision, exact resume, TensorBoard, a progress bar.
 
-    loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► AdamW ─► schedule ─► (expert bias) ─► log / save
+loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► AdamW ─► schedule ─► (expert bias) ─► log / save
 """
 
 from __future__ import annotations

@@ -12,15 +12,13 @@ from kimi_mm.errors import CheckpointError
 from kimi_mm.training.recipe import recipes_root
 from kimi_mm.training.run import train
 
-RECIPES = sorted(
-    f"{p.parent.name}/{p.stem}" for p in recipes_root().glob("*/*.yaml") if p.parent.name != "models"
-)
+RECIPES = sorted(f"{p.parent.name}/{p.stem}" for p in recipes_root().glob("*/*.yaml") if p.parent.name != "models")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_runs_at_debug_size(recipe, tmp_path):
     numbers = train(recipe, debug=True, output=tmp_path)
-    assert numbers["loss"] == numbers["loss"] and numbers["loss"] < 100
+    assert 0 < numbers["loss"] < 100
     model, tokenizer = load_checkpoint(tmp_path / "model")
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 4
     assert len(tokenizer) <= model.config.vocab.num_text_tokens
@@ -55,12 +53,13 @@ def test_stages_chain(tmp_path):
 
 def test_learning_happens(tmp_path):
     first = train("text/nano", debug=True, output=tmp_path / "a", overrides=["steps=1", "log_every=1"])
-    later = train("text/nano", debug=True, output=tmp_path / "b", overrides=["steps=80", "save_every=80", "optim.warmup_steps=5"])
+    longer = ["steps=80", "save_every=80", "optim.warmup_steps=5"]
+    later = train("text/nano", debug=True, output=tmp_path / "b", overrides=longer)
     assert later["text"] < 0.8 * first["text"]
 
 
 def test_bad_starts_are_refused_before_training(tmp_path):
-    with pytest.raises(CheckpointError, match="tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         train("asr/nano", debug=True, output=tmp_path, overrides=["init=/nowhere/model"])
     with pytest.raises(CheckpointError, match="no speech shards"):
         train("asr/nano", debug=True, output=tmp_path, overrides=[f"speech.folders=[{tmp_path}]"])
@@ -74,5 +73,5 @@ def test_damaged_state_is_named(tmp_path):
     train("text/nano", debug=True, output=tmp_path)
     state = tmp_path / "step-0000004" / "model.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="step-0000004.*damaged"):
+    with pytest.raises(CheckpointError, match=r"step-0000004.*damaged"):
         train("text/nano", debug=True, output=tmp_path, overrides=["steps=6"])
