@@ -37,7 +37,7 @@ class GraphedBackbone:
 
     Args:
         backbone: its parameters are read and receive gradients in place.
-        enabled: False runs eagerly, as on a CPU; gradient accumulation is not possible when True, since replays
+        enabled: False runs eagerly, as on a CPU and in runs of several processes; gradient accumulation is not possible when True, since replays
             overwrite the gradients they returned.
     """
 
@@ -49,7 +49,8 @@ class GraphedBackbone:
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Maps (text_ids, audio_ids[, features, feature_mask]) to hidden states [B, T, D]."""
         device = inputs[0].device
-        if not self.enabled or device.type != "cuda" or not torch.is_grad_enabled():
+        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        if not (self.enabled and alone) or device.type != "cuda" or not torch.is_grad_enabled():
             padded = (*inputs, *[None] * (4 - len(inputs)))
             return self.backbone(self.backbone.embed(*padded)).text_hidden  # type: ignore[arg-type]
         key = tuple((tuple(t.shape), t.dtype) for t in inputs)

@@ -1,0 +1,102 @@
+"""Batches: an order that depends on the seed alone, exact restoring, prompts as inference lays them out."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from kimi_mm.config import VocabConfig
+from kimi_mm.data.debug import write_debug_data
+from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextLoader, polish, spell, training_texts
+from kimi_mm.errors import CheckpointError
+from kimi_mm.processing import IGNORE, Processor
+from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.recipe import SpeechDataConfig, TextDataConfig
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_debug_data(tmp_path_factory.mktemp("debug"))
+
+
+@pytest.fixture(scope="module")
+def processor(corpus):
+    tokenizer = TextTokenizer.train(training_texts(corpus[1]), 384)
+    return Processor(VocabConfig(num_text_tokens=384, num_audio_codes=64), tokenizer)
+
+
+@pytest.fixture
+def speech(corpus, processor):
+    config = SpeechDataConfig(
+        folders=(str(corpus[0]),), batch_seconds=8.0, buckets=(2.56, 5.12), max_seconds=5.0, tokens_per_second=30.0
+    )
+    return lambda seed=0: SpeechLoader(config, processor, seed)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def test_order_follows_the_seed(speech):
+    first, again, other = (list(islice(speech(seed), 5)) for seed in (0, 0, 1))
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(same(a, b) for a, b in zip(first, other, strict=True) if a.waves.shape == b.waves.shape)
+
+
+def test_restored_loader_goes_on_with_the_next_batch(speech):
+    loader = Prefetcher(speech(), depth=3)
+    for _ in range(7):
+        loader.next()
+    resumed = speech()
+    resumed.load_state_dict(loader.state)
+    assert same(loader.next(), next(iter(resumed)))
+    loader.close()
+
+
+def test_rows_are_laid_out_as_in_inference(speech, processor):
+    for batch in islice(speech(), 4):
+        for row in range(len(batch.waves)):
+            codes = int((batch.feature_row[row] >= 0).sum())
+            answer = batch.labels[row][batch.labels[row] != IGNORE].tolist()
+            assert answer[-1] == processor.ids["text_eos"]
+            expected = processor.transcription(codes, processor.tokenizer.decode(answer[:-1]))
+            n = len(expected)
+            assert batch.audio_ids[row, :n].tolist() == expected.audio
+            assert batch.text_ids[row, :n].tolist() == expected.text
+            assert batch.labels[row, :n].tolist() == expected.text_labels
+            assert (batch.text_ids[row, n:] == processor.ids["pad"]).all()
+            assert codes == -(-int(batch.wave_lengths[row]) // 1280)
+
+
+def test_ctc_targets_are_the_text(speech, processor):
+    batch = next(iter(speech()))
+    start = 0
+    for row, length in enumerate(batch.character_lengths.tolist()):
+        answer = batch.labels[row][batch.labels[row] != IGNORE].tolist()[:-1]
+        assert batch.characters[start : start + length].tolist() == spell(processor.tokenizer.decode(answer)).tolist()
+        start += length
+    assert start == len(batch.characters)
+
+
+def test_text_rows_hold_whole_sentences(corpus, processor):
+    loader = TextLoader(TextDataConfig(path=str(corpus[1]), row_tokens=32, batch_rows=2), processor, 0)
+    batch = next(iter(loader))
+    flat_text, flat_audio, labels = (t.flatten() for t in (batch.text_ids, batch.audio_ids, batch.labels))
+    starts = (flat_audio == processor.ids["assistant_start"]).nonzero()[:, 0]
+    assert len(starts) > 1
+    assert (flat_text[starts] == processor.ids["text_blank"]).all()
+    assert (labels[:-1][labels[:-1] != IGNORE] == flat_text[1:][labels[:-1] != IGNORE]).all()
+
+
+def test_errors_reach_the_caller(corpus, processor):
+    config = SpeechDataConfig(folders=(str(corpus[0]),), batch_seconds=5000.0)
+    with pytest.raises(CheckpointError, match="too few utterances"):
+        Prefetcher(SpeechLoader(config, processor, 0)).next()
+
+
+@pytest.mark.parametrize(
+    ("raw", "written"),
+    [("a  heavy truck", "A heavy truck."), ("Why?", "Why?"), ("so, then,", "So, then."), ("", "")],
+)
+def test_polish(raw, written):
+    assert polish(raw) == written

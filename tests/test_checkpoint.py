@@ -1,0 +1,85 @@
+"""Checkpoints: round trips in every weight format, and damage that is named."""
+
+import json
+
+import pytest
+import torch
+
+from kimi_mm.checkpoint import INDEX, load_checkpoint, quantize_rows, save_checkpoint
+from kimi_mm.config import ModelConfig
+from kimi_mm.errors import CheckpointError
+from kimi_mm.model import Model
+from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.recipe import recipes_root
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Model(ModelConfig.from_yaml(recipes_root() / "models" / "debug.yaml")).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.train(["one two three"] * 3, 300)
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 1e-2)])
+def test_round_trip(model, tokenizer, tmp_path, weights, tolerance):
+    save_checkpoint(tmp_path, model, tokenizer, weights=weights, shard_bytes=50_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again, words = load_checkpoint(tmp_path)
+    assert again.config == model.config
+    assert words.encode("two") == tokenizer.encode("two")
+    for name, tensor in model.state_dict().items():
+        if "ema_" in name:
+            continue  # training only
+        copy = again.state_dict()[name]
+        assert (copy - tensor).abs().max() <= tolerance * tensor.abs().max(), name
+
+
+def test_saving_again_leaves_no_stale_shard(model, tokenizer, tmp_path):
+    save_checkpoint(tmp_path, model, tokenizer, shard_bytes=20_000)
+    save_checkpoint(tmp_path, model, tokenizer)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 1
+    assert not list(tmp_path.glob("*.tmp"))
+    load_checkpoint(tmp_path)
+
+
+def test_quantised_rows_are_within_half_a_step():
+    for shape in [(7, 33), (3, 5, 32), (6, 4, 3)]:
+        tensor = torch.randn(shape)
+        values, scale = quantize_rows(tensor)
+        step = scale.float()[(...,) + (None,) * (tensor.dim() - scale.dim())]
+        assert values.dtype == torch.int8
+        # fp16 scales move the grid by up to 2^-11 of 127 steps.
+        assert ((values.float() * step - tensor).abs() <= 0.57 * step).all()
+
+
+def test_damage_is_named(model, tokenizer, tmp_path):
+    save_checkpoint(tmp_path, model, tokenizer)
+    shard = next(tmp_path.glob("model-*.safetensors"))
+    whole, index = shard.read_bytes(), (tmp_path / INDEX).read_text()
+
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=shard.name):
+        load_checkpoint(tmp_path)
+    shard.write_bytes(whole)
+
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
+    with pytest.raises(CheckpointError, match="outside"):
+        load_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text("[]")
+    with pytest.raises(CheckpointError, match="not a checkpoint index"):
+        load_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(index)
+
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("intermediate_size: 16", "intermediate_size: 32"))
+    with pytest.raises(CheckpointError, match=r"tensor '.*experts.*' has shape"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.yaml").write_text(config)
+    load_checkpoint(tmp_path)
+
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "nothing")
