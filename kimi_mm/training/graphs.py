@@ -37,8 +37,8 @@ class GraphedBackbone:
 
     Args:
         backbone: its parameters are read and receive gradients in place.
-        enabled: False runs eagerly, as on a CPU and in runs of several processes; gradient accumulation is not possible when True, since replays
-            overwrite the gradients they returned.
+        enabled: False runs eagerly, as on a CPU and in runs of several processes. Gradient accumulation is not
+            possible when True, since replays overwrite the gradients they returned.
     """
 
     def __init__(self, backbone: Backbone, enabled: bool) -> None:
