@@ -105,6 +105,8 @@ def test_size_unknown_when_the_header_was_written() -> None:
         (wav_bytes(TONE, 400), "sample rate 400 Hz"),
         (wav_bytes(TONE, 400_000), "sample rate 400000 Hz"),
     ],
+    # Not the bytes: libsndfile writes the time of day into float files.
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_bytes(data: bytes, words: str) -> None:
     with pytest.raises(AudioError, match=words):
