@@ -110,7 +110,20 @@ class SpeechShards:
         return self.arrays[item.shard][item.start : item.start + item.samples]
 
 
-class SpeechLoader:
+class _Place:
+    """Where a loader is: the next batch is number `cursor` of `epoch`."""
+
+    epoch = 0
+    cursor = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+class SpeechLoader(_Place):
     """Endless iterator of `SpeechBatch`; `state_dict` and `load_state_dict` restore its place.
 
     Utterances with an empty text are speech without a transcript: they train the tokenizer's encoder only.
@@ -122,13 +135,6 @@ class SpeechLoader:
         texts = [polish(item.text) for item in self.shards.utterances]
         self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
         self.characters = [spell(text) for text in texts]
-        self.epoch, self.cursor = 0, 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "cursor": self.cursor}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
 
     def __iter__(self) -> Iterator[SpeechBatch]:
         while True:
@@ -219,20 +225,13 @@ class SpeechLoader:
         return SpeechBatch(*(torch.from_numpy(a) for a in arrays))
 
 
-class TextLoader:
+class TextLoader(_Place):
     """Endless iterator of `TextBatch`: rows of whole conversations "assistant_start sentence text_eos"."""
 
     def __init__(self, config: TextDataConfig, processor: Processor, seed: int) -> None:
         self.config, self.processor, self.seed = config, processor, seed
         texts = training_texts(config.path)
         self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
-        self.epoch, self.cursor = 0, 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "cursor": self.cursor}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
 
     def __iter__(self) -> Iterator[TextBatch]:
         rows, width = self.config.batch_rows, self.config.row_tokens

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
@@ -61,10 +61,7 @@ class Trainer:
         self, recipe: Recipe, objective: nn.Module, speech: SpeechLoader | None, text: TextLoader | None, run: Path
     ) -> None:
         self.recipe, self.run = recipe, run
-        self.accelerator = Accelerator(
-            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-            dataloader_config=DataLoaderConfiguration(),
-        )
+        self.accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
         set_seed(recipe.seed)
         optimizer = torch.optim.AdamW(
             parameter_groups(objective, recipe.optim),
@@ -81,8 +78,7 @@ class Trainer:
 
     def train(self, *, resume: bool = True) -> dict[str, float]:
         """Trains to `recipe.steps`, or until the time limit or SIGTERM; returns the last logged numbers."""
-        recipe, started = self.recipe, time.monotonic()
-        self.started = started
+        recipe, self.started = self.recipe, time.monotonic()
         self.run.mkdir(parents=True, exist_ok=True)
         if resume and (states := list_states(self.run)):
             self._restore(states[-1])
@@ -107,7 +103,7 @@ class Trainer:
                         self._report(logged, writer, bar)
                     if self.step == recipe.stop_after:
                         self.stopped = True
-                    if recipe.time_limit_seconds and time.monotonic() - started > recipe.time_limit_seconds:
+                    if recipe.time_limit_seconds and time.monotonic() - self.started > recipe.time_limit_seconds:
                         self.stopped = True
                     if self.step % recipe.save_every == 0 or self.stopped or self.step == recipe.steps:
                         self._save(sources)
