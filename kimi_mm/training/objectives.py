@@ -16,7 +16,6 @@ from torch import nn
 
 from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.audio.tokenizer import AudioTokenizer
-from kimi_mm.config import ModelConfig
 from kimi_mm.data.augment import augment
 from kimi_mm.data.loader import CHARACTERS, SpeechBatch, TextBatch
 from kimi_mm.model import Model
@@ -222,7 +221,7 @@ def _ctc(logits: torch.Tensor, valid: torch.Tensor, batch: SpeechBatch) -> torch
     return (losses * known).sum() / lengths.sum().clamp_min(1).to(losses)
 
 
-def build_objective(model: Model, recipe: Recipe, config: ModelConfig, teacher: AudioEncoder | None) -> nn.Module:
+def build_objective(model: Model, recipe: Recipe, teacher: AudioEncoder | None) -> nn.Module:
     """Returns the objective of the recipe's stage; `teacher` is needed by the tokenizer stage only."""
     if recipe.stage == "tokenizer":
         assert teacher is not None

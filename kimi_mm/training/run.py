@@ -71,7 +71,7 @@ def train(
         raise CheckpointError(f"{folders}: holds speech without transcripts; the asr stage needs text.")
     needs_text = settings.stage == "text" or (settings.stage == "asr" and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
-    objective = build_objective(model, settings, config, teacher)
+    objective = build_objective(model, settings, teacher)
     trainer = Trainer(settings, objective, speech, text, output)
     model.to(trainer.accelerator.device)
     if teacher is not None and trainer.step == 0 and speech is not None:
