@@ -22,7 +22,7 @@ from kimi_mm.data.packages import wheel_package
 from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
 from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
-from kimi_mm.data.voices import TRAINING_WEIGHTS, UNSEEN
+from kimi_mm.data.voices import SEEN_WEIGHTS, UNSEEN
 from kimi_mm.errors import UserError
 
 KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval")
@@ -126,8 +126,8 @@ def build_eval_sets(
 ) -> dict[str, SynthesisReport]:
     """Makes the synthetic test sets from held-out sentences.
 
-    `test_sent`: 500 sentences in the training voices by their weights. `test_voice`: 300 other sentences, half in
-    flite awb, half in espeak-ng en-gb-scotland, neither ever trained on.
+    `test_sent`: 500 sentences in training voices, by `SEEN_WEIGHTS`. `test_voice`: 300 other sentences, half in flite
+    awb, half in espeak-ng en-gb-scotland, neither ever trained on.
 
     Args:
         sentences: of `read_sentences`; only held-out ones of `EVAL_SOURCES` are used, in the order of their ids.
@@ -144,7 +144,7 @@ def build_eval_sets(
         raise UserError(f"Only {len(held)} held-out sentences, but {sum(sizes.values())} are needed; prepare the text.")
     seen, unseen = held[: sizes["test_sent"]], held[sizes["test_sent"] : sum(sizes.values())]
     plans = {
-        "test_sent": make_plan(seen, voice_weights=TRAINING_WEIGHTS, seed=seed, allow_unseen=True),
+        "test_sent": make_plan(seen, voice_weights=SEEN_WEIGHTS, seed=seed, allow_unseen=True),
         "test_voice": [PlannedClip(s.id, s.text, UNSEEN[i % len(UNSEEN)]) for i, s in enumerate(unseen)],
     }
     return {

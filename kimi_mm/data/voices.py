@@ -6,10 +6,13 @@
 | hibari | hibari-morph                           | training; pitch, vocal tract and liveliness at random |
 | flite  | flite-rms, flite-slt, flite-kal16      | training                                             |
 | espeak | espeak-en-us, espeak-en-gb, variants   | training                                             |
+| flite  | flite-morph                            | training; any of the three, vocal tract at random    |
+| espeak | espeak-morph                           | training; accent, variant and vocal tract at random  |
 | both   | flite-awb, espeak-en-gb-scotland       | test only (`UNSEEN`), refused in training plans      |
 
-Each utterance draws pitch, pace and the rest from a generator seeded by (seed, sentence, voice). The names mean voices
-of synthesisers, not people.
+The morphs of flite and espeak play a voice at another sample rate, which scales its formants as a longer or shorter
+vocal tract does; pace and pitch are set so that they end up in a natural range. Each utterance draws pitch, pace and
+the rest from a generator seeded by (seed, sentence, voice). The names mean voices of synthesisers, not people.
 """
 
 from __future__ import annotations
@@ -29,14 +32,36 @@ from kimi_mm.errors import UserError
 # espeak-ng ignores a variant after "en-gb" (an alias of "en"), so the British ones are of "en-gb-x-rp".
 ESPEAK_VARIANTS = ("en-us", "en-us+f2", "en-us+f3", "en-us+f4", "en-us+m2", "en-us+m3", "en-us+m4", "en-us+m7")
 ESPEAK_VARIANTS += ("en-gb", "en-gb-x-rp+f2", "en-gb-x-rp+m7", "en-us+croak")
+ESPEAK_ACCENTS = ("en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
+_TIMBRES = """
+    Alex Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike Nguyen Storm
+    Tweaky adam anika announcer antonio aunty belinda benjamin boris croak david ed edward edward2 f1 f2 f3 f4 f5
+    grandma grandpa gustave iven iven2 iven3 john kaukovalta klatt klatt2 klatt3 klatt5 linda m1 m2 m3 m4 m5 m6 m7 m8
+    marcelo max michel miguel norbert pablo paul pedro quincy rob robert sandro shelby steph steph2 travis victor zac
+"""
+ESPEAK_TIMBRES = tuple(_TIMBRES.split())
+TRACT_SCALES = (0.86, 1.18)  # of the sample rate; 1.18 is a vocal tract 15 % shorter
+FLITE_TRAINED = ("rms", "slt", "kal16")
+ESPEAK_RATE = 22_050
 UNSEEN = ("flite-awb", "espeak-en-gb-scotland")
-TRAINING_WEIGHTS: dict[str, float] = {
+# The mixture of the test set of seen voices; training adds the morphs.
+SEEN_WEIGHTS: dict[str, float] = {
     "hibari-heart": 0.10,
     "hibari-morph": 0.70,
     "flite-rms": 0.06,
     "flite-slt": 0.06,
     "flite-kal16": 0.02,
     **{f"espeak-{variant}": 0.06 / len(ESPEAK_VARIANTS) for variant in ESPEAK_VARIANTS},
+}
+TRAINING_WEIGHTS: dict[str, float] = {
+    "hibari-heart": 0.08,
+    "hibari-morph": 0.52,
+    "flite-rms": 0.05,
+    "flite-slt": 0.05,
+    "flite-kal16": 0.03,
+    "flite-morph": 0.08,
+    **{f"espeak-{variant}": 0.09 / len(ESPEAK_VARIANTS) for variant in ESPEAK_VARIANTS},
+    "espeak-morph": 0.10,
 }
 VOICES = (*TRAINING_WEIGHTS, *UNSEEN)
 
@@ -144,16 +169,22 @@ class _Flite:
         self.program, self.environment = find_program("flite", "KIMI_MM_FLITE", tools)
 
     def __call__(self, text: str, rng: np.random.Generator) -> Speech:
-        stretch = round(float(rng.uniform(0.85, 1.2)), 3)
-        pitch = round(self.MEAN_PITCH[self.speaker] * float(rng.uniform(0.88, 1.15)), 1)
+        morph = self.speaker == "morph"
+        speaker = str(rng.choice(FLITE_TRAINED)) if morph else self.speaker
+        rate = _draw_rate(16_000, rng) if morph else 16_000
+        scale = rate / 16_000
+        spread = (0.75, 1.35) if morph else (0.88, 1.15)
+        stretch = round(float(rng.uniform(0.85, 1.2)) * scale, 3)
+        pitch = round(self.MEAN_PITCH[speaker] * float(rng.uniform(*spread)) / scale, 1)
         with tempfile.TemporaryDirectory(dir=_memory_dir()) as folder:
             path = Path(folder) / "speech.wav"
-            command = [self.program, "-voice", self.speaker, "--setf", f"duration_stretch={stretch}"]
+            command = [self.program, "-voice", speaker, "--setf", f"duration_stretch={stretch}"]
             # A leading space keeps flite from taking a single word for a file name.
             command += ["--setf", f"int_f0_target_mean={pitch}", "-t", f" {text}", "-o", str(path)]
             _run(command, self.environment)
-            wave, rate = parse_wav(path.read_bytes())
-        return Speech(wave, rate, f"stretch={stretch},f0={pitch}")
+            wave, _ = parse_wav(path.read_bytes())
+        settings = f"stretch={stretch},f0={pitch}"
+        return Speech(wave, rate, f"{speaker},{settings},rate={rate}" if morph else settings)
 
 
 class _Espeak:
@@ -164,10 +195,27 @@ class _Espeak:
         self.program, self.environment = find_program("espeak-ng", "KIMI_MM_ESPEAK", tools)
 
     def __call__(self, text: str, rng: np.random.Generator) -> Speech:
+        if self.speaker == "morph":
+            return self._morph(text, rng)
         pace, pitch = int(rng.integers(130, 190)), int(rng.integers(30, 70))
-        command = [self.program, "-v", self.speaker, "-s", str(pace), "-p", str(pitch), "--stdout", "--", text]
-        wave, rate = parse_wav(_run(command, self.environment))
+        wave, rate = self._speak(self.speaker, text, pace, pitch)
         return Speech(wave, rate, f"wpm={pace},pitch={pitch}")
+
+    def _morph(self, text: str, rng: np.random.Generator) -> Speech:
+        speaker = f"{rng.choice(ESPEAK_ACCENTS)}+{rng.choice(ESPEAK_TIMBRES)}"
+        rate = _draw_rate(ESPEAK_RATE, rng)
+        pace, pitch = round(rng.integers(120, 200) * ESPEAK_RATE / rate), int(rng.integers(15, 85))
+        wave, _ = self._speak(speaker, text, pace, pitch)
+        return Speech(wave, rate, f"{speaker},wpm={pace},pitch={pitch},rate={rate}")
+
+    def _speak(self, speaker: str, text: str, pace: int, pitch: int) -> tuple[np.ndarray, int]:
+        command = [self.program, "-v", speaker, "-s", str(pace), "-p", str(pitch), "--stdout", "--", text]
+        return parse_wav(_run(command, self.environment))
+
+
+def _draw_rate(rate: int, rng: np.random.Generator) -> int:
+    """Draws a sample rate near `rate` Hz; a multiple of 400, so that resampling to 16 kHz stays cheap."""
+    return 400 * round(rate * float(rng.uniform(*TRACT_SCALES)) / 400)
 
 
 def find_program(name: str, variable: str, tools: str | Path | None) -> tuple[str, dict[str, str]]:

@@ -9,6 +9,7 @@ from kimi_mm.data.shards import read_shards, shard_path
 from kimi_mm.data.synthesis import PlannedClip, make_plan, resample, speak, synthesise, trim
 from kimi_mm.data.text import Sentence
 from kimi_mm.data.voices import (
+    SEEN_WEIGHTS,
     TRAINING_WEIGHTS,
     UNSEEN,
     VoiceError,
@@ -116,6 +117,15 @@ def test_voices_of_a_program_differ(engine: str) -> None:
     voices = [v for v in (*TRAINING_WEIGHTS, *UNSEEN) if v.startswith(engine)]
     waves = {make_voice(v)("Hello there.", np.random.default_rng(0)).wave.tobytes() for v in voices}
     assert len(waves) == len(voices)
+    morphs = [make_voice(f"{engine}-morph")("Hello there.", np.random.default_rng(i)) for i in range(6)]
+    assert len({speech.settings for speech in morphs}) == 6
+    assert all(12_000 <= speech.sample_rate <= 27_000 and speech.sample_rate % 400 == 0 for speech in morphs)
+
+
+def test_the_test_set_of_seen_voices_keeps_its_mixture() -> None:
+    assert set(SEEN_WEIGHTS) == {v for v in TRAINING_WEIGHTS if v not in ("flite-morph", "espeak-morph")}
+    assert sum(SEEN_WEIGHTS.values()) == pytest.approx(1.0)
+    assert sum(TRAINING_WEIGHTS.values()) == pytest.approx(1.0)
 
 
 @pytest.mark.slow
