@@ -5,6 +5,9 @@
     │   ├── mel        MelConfig
     │   ├── encoder    AudioEncoderConfig
     │   └── quantizer  QuantizerConfig
+    ├── vision     VisionConfig | None    pixels ─► patches ─► tower ─► merger ─► projector ─► rows of the backbone
+    │   ├── tower      VisionTowerConfig
+    │   └── input      VisionInputConfig  resizing, patch budgets, frame sampling
     ├── backbone   BackboneConfig         trunk ─► {text branch, audio branch}
     │   ├── kda / mla / gqa               token mixers, present when a layer asks for them
     │   └── moe                           mixture of experts, likewise
@@ -185,6 +188,67 @@ class AudioTokenizerConfig(Config):
             )
 
 
+# ---- vision in ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTowerConfig(Config):
+    """MoonViT-3D (K2.5 report, section 4.1): pre-LN transformer over packed patches. `max_frames=1` is MoonViT."""
+
+    patch_size: int = 14  # pixels a side
+    hidden_size: int = 1152
+    num_layers: int = 27
+    num_heads: int = 16
+    intermediate_size: int = 4304
+    position_height: int = 64  # rows and columns of the learned table, resampled to each item's grid
+    position_width: int = 64
+    max_frames: int = 4  # frames of one clip chunk, and rows of the time table
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _positive(self)
+        if self.hidden_size % (4 * self.num_heads):
+            raise ConfigError(f"hidden_size={self.hidden_size} must be a multiple of 4 * num_heads={self.num_heads}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionInputConfig(Config):
+    """How pictures and clips become patches; the defaults are K2.5's, except for `alpha`.
+
+    Budgets are compared with floor counts before padding, as published, so that an item may exceed them by a few
+    per cent. `alpha`: "white" shows transparent pictures on white, "drop" ignores transparency as the published
+    processor does, which uncovers whatever colour lies below.
+    """
+
+    max_patches: int = 16_384  # of one picture
+    max_patches_per_side: int = 512
+    max_patches_per_frame: int = 4096
+    max_patches_per_video: int | None = None  # shared among the sampled frames
+    sample_fps: float = 2.0
+    max_frames_per_video: int | None = None
+    alpha: str = "white"
+    max_pixels: int = 100_000_000  # larger pictures are refused before they are decoded
+
+    def __post_init__(self) -> None:
+        _choice("alpha", self.alpha, ("white", "drop"))
+        _positive(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(Config):
+    """Eyes: what goes in, the tower, and the projector to rows of `output_size`, one for `merge_size`^2 patches."""
+
+    input: VisionInputConfig = field(default_factory=VisionInputConfig)
+    tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
+    merge_size: int = 2
+    projector_norm_eps: float = 1e-5
+    output_size: int = 7168  # hidden size of the backbone
+
+    def __post_init__(self) -> None:
+        _positive(self)
+
+
 # ---- backbone -------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +410,7 @@ class VocabConfig(Config):
         "continue_speech",
         "video_begin",
         "video_end",
-        "reserved_0",
+        "media_content",
         "reserved_1",
     )
 
@@ -372,6 +436,7 @@ class ModelConfig(Config):
 
     name: str = "unnamed"
     audio: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
+    vision: VisionConfig | None = None  # None: no eyes
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     vocab: VocabConfig = field(default_factory=VocabConfig)
     audio_delay: int = 6
@@ -389,11 +454,23 @@ class ModelConfig(Config):
             raise ConfigError(
                 f"backbone.adaptor_input_size={width} differs from the tokenizer's {self.audio.feature_size}."
             )
+        if self.vision is not None and self.vision.output_size != self.backbone.hidden_size:
+            raise ConfigError(
+                f"vision.output_size={self.vision.output_size} differs from "
+                f"backbone.hidden_size={self.backbone.hidden_size}."
+            )
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{key}='{value}' must be one of {', '.join(allowed)}.")
+
+
+def _positive(config: Config) -> None:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ConfigError(f"{f.name}={value} must be above 0.")
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:

@@ -9,5 +9,9 @@ class AudioError(UserError):
     """A recording that cannot be read or used."""
 
 
+class ImageError(UserError):
+    """A picture or clip that cannot be read or used."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or dataset on disk that is missing, damaged or of another kind; names the file and the key."""
