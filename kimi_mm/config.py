@@ -11,6 +11,7 @@
     ├── backbone   BackboneConfig         trunk ─► {text branch, audio branch}
     │   ├── kda / mla / gqa               token mixers, present when a layer asks for them
     │   └── moe                           mixture of experts, likewise
+    ├── detokenizer  DetokenizerConfig | None   codes ─► mel ─► 24 kHz wave (kimi_mm.audio.detokenizer_config)
     └── vocab      VocabConfig            ids of the joint vocabulary
 
 The YAML form mirrors the classes one to one (`to_yaml`, `from_yaml`). An unknown key is refused with the nearest
@@ -22,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from kimi_mm.audio.detokenizer_config import DetokenizerConfig
 from kimi_mm.config_base import Config as Config
 from kimi_mm.config_base import ConfigError as ConfigError
 from kimi_mm.config_base import choice as _choice
@@ -365,6 +367,7 @@ class ModelConfig(Config):
     audio: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
     vision: VisionConfig | None = None  # None: no eyes
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    detokenizer: DetokenizerConfig | None = None  # None: no voice
     vocab: VocabConfig = field(default_factory=VocabConfig)
     audio_delay: int = 6
 
@@ -386,3 +389,6 @@ class ModelConfig(Config):
                 f"vision.output_size={self.vision.output_size} differs from "
                 f"backbone.hidden_size={self.backbone.hidden_size}."
             )
+        if self.detokenizer is not None:
+            seconds = self.audio.samples_per_code / self.audio.mel.sample_rate
+            self.detokenizer.check_tokenizer(self.audio.quantizer.codebook_size, seconds)
