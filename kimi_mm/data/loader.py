@@ -35,8 +35,10 @@ PROMPT_POSITIONS = 6  # user_start, media_begin, media_end, continue_text, msg_e
 class SpeechBatch:
     """Joined utterances of one bucket.
 
-    waves [B, S] int16, wave_lengths [B]; ids, labels [B, T] int64; `feature_row` [B, T] is the code that a position
-    shows, -1 elsewhere; `characters` are the CTC targets of all rows in a row, `character_lengths` [B] of each.
+    waves [B, S] int16, wave_lengths [B]; ids [B, T] int64; `feature_row` [B, T] is the code that a position shows, -1
+    elsewhere; `labels` [P] are the ids to predict and `positions` [P] where, counted over the flattened rows, since
+    most positions have none. `characters` are the CTC targets of all rows in a row, `character_lengths` [B] of each.
+    Sizes that operations want on the host are tuples: `code_counts` and `character_counts` of the B rows.
     """
 
     waves: torch.Tensor
@@ -44,9 +46,12 @@ class SpeechBatch:
     text_ids: torch.Tensor
     audio_ids: torch.Tensor
     feature_row: torch.Tensor
+    positions: torch.Tensor
     labels: torch.Tensor
     characters: torch.Tensor
     character_lengths: torch.Tensor
+    code_counts: tuple[int, ...]
+    character_counts: tuple[int, ...]
 
 
 @dataclass
@@ -194,8 +199,7 @@ class SpeechLoader(_Place):
         text = np.full((size, length), ids["pad"], np.int64)
         audio = np.full((size, length), ids["pad"], np.int64)
         feature_row = np.full((size, length), -1, np.int64)
-        labels = np.full((size, length), IGNORE, np.int64)
-        spelled = []
+        positions, labels, spelled, code_counts = [], [], [], []
         for b, row in enumerate(rows):
             speech = sum(self.shards.utterances[i].samples for i in row)
             # The slack left by the bucket becomes pauses: before, between and after.
@@ -216,13 +220,17 @@ class SpeechLoader(_Place):
             text[b, :start] = ids["text_blank"]
             text[b, start : start + len(tokens)] = tokens
             feature_row[b, 2 : 2 + codes] = np.arange(codes)
-            labels[b, start - 1 : start - 1 + len(tokens)] = tokens
+            positions.append(b * length + start - 1 + np.arange(len(tokens)))
+            labels.append(tokens)
+            code_counts.append(codes)
             parts = [self.characters[i] for i in row]
             # A row with speech that nobody transcribed has no target at all.
             spelled.append(_join(parts) if all(map(len, parts)) else parts[0][:0])
         sizes = np.asarray([len(part) for part in spelled])
-        arrays = (waves, wave_lengths, text, audio, feature_row, labels, np.concatenate(spelled), sizes)
-        return SpeechBatch(*(torch.from_numpy(a) for a in arrays))
+        rows_of = (waves, wave_lengths, text, audio, feature_row)
+        arrays = (*rows_of, np.concatenate(positions), np.concatenate(labels), np.concatenate(spelled), sizes)
+        tensors = [torch.from_numpy(array) for array in arrays]
+        return SpeechBatch(*tensors, code_counts=tuple(code_counts), character_counts=tuple(sizes.tolist()))
 
 
 class TextLoader(_Place):

@@ -1,14 +1,16 @@
-"""The backbone's forward and backward as CUDA graphs, one pair for each batch shape.
+"""Parts of a training step as CUDA graphs, one for each batch shape.
+
+    batch ─► Replayed (augmentation, audio tokenizer; no gradients) ─► GraphedBackbone (forward, backward) ─► losses
 
 Small models are bound by kernel launches, thousands a step; a captured graph replays them all at once. Loaders give
-batches of a few fixed shapes, so a handful of captures serve a whole run. What comes before (augmentation, audio
-tokenizer) and after (losses, optimiser) stays eager.
+batches of a few fixed shapes, so a handful of captures serve a whole run. Losses and optimiser stay eager.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -70,3 +72,46 @@ class GraphedBackbone:
             )
         log.info("captured %s in %.1f s", [tuple(t.shape) for t in inputs], time.monotonic() - started)
         return graphed  # type: ignore[return-value]
+
+
+class Replayed:
+    """Callable that stands for a function without gradients: captured once for each set of shapes, then replayed.
+
+    Args:
+        function: from tensors to a tuple of tensors; must not read anything back. Random draws differ in each replay.
+        enabled: False, and anything but a CUDA device, calls the function itself.
+    """
+
+    def __init__(self, function: Callable[..., tuple[torch.Tensor, ...]], enabled: bool) -> None:
+        self.function, self.enabled = function, enabled
+        self._graphs: dict[tuple, tuple] = {}
+
+    @torch.no_grad()
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns the function's results; with graphs they are valid until the next call of the same shapes."""
+        if not (self.enabled and inputs[0].is_cuda):
+            return self.function(*inputs)
+        key = (torch.is_autocast_enabled("cuda"), *((tuple(t.shape), t.dtype) for t in inputs))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(inputs)
+        graph, held, results = self._graphs[key]
+        for mine, given in zip(held, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return results
+
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> tuple:
+        held = tuple(t.clone() for t in inputs)
+        # Capturing must not move the random numbers of the run: a resumed one captures again.
+        draws = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.function(*held)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self.function(*held)
+        torch.cuda.set_rng_state(draws)
+        return graph, held, results

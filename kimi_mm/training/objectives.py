@@ -10,6 +10,8 @@ Shapes: B rows, S samples, N codes, T positions, F feature width, D hidden size,
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +22,8 @@ from kimi_mm.data.augment import augment
 from kimi_mm.data.loader import CHARACTERS, SpeechBatch, TextBatch
 from kimi_mm.model import Model
 from kimi_mm.processing import IGNORE
-from kimi_mm.training.graphs import GraphedBackbone
+from kimi_mm.text.backbone import Backbone
+from kimi_mm.training.graphs import GraphedBackbone, Replayed
 from kimi_mm.training.recipe import Recipe
 
 SLOTS = 4  # CTC slots per code: characters come faster than codes
@@ -84,7 +87,7 @@ class TokenizerObjective(nn.Module):
         distil = _masked_mse(_unit(features, self.tokenizer), _unit(target, self.tokenizer), valid)
         quantized = self.tokenizer.quantize(features.detach(), mask=valid)
         logits, rebuilt = self.head(quantized.quantized, valid)
-        ctc = _ctc(logits, valid, batch)
+        ctc = _ctc(logits, batch)
         recon = _masked_mse(rebuilt, _unit(target, self.tokenizer).float(), valid)
         loss = distil + ctc + 0.5 * recon + quantized.loss
         return {"loss": loss, "distil": distil, "ctc": ctc, "recon": recon, "vq": quantized.loss}
@@ -100,7 +103,7 @@ class TextObjective(nn.Module):
 
     def forward(self, batch: TextBatch) -> Losses:
         hidden = self._run(batch.text_ids, batch.audio_ids)
-        loss = _cross_entropy(self.backbone, hidden, batch.labels, self.recipe.label_smoothing)
+        loss = _cross_entropy(self.backbone, hidden.flatten(0, 1), batch.labels.flatten(), self.recipe.label_smoothing)
         return {"loss": loss, "text": loss}
 
 
@@ -112,53 +115,75 @@ class SpeechTextObjective(nn.Module):
         self.recipe, self.config = recipe, model.config
         self.backbone = model.backbone
         self._run = GraphedBackbone(model.backbone, recipe.cuda_graphs)
+        self._listen = {
+            augmented: Replayed(partial(self._prepare, augmented), recipe.cuda_graphs) for augmented in (False, True)
+        }
         self.characters = nn.Linear(model.config.backbone.hidden_size, SLOTS * (len(CHARACTERS) + 1))
         # Frozen, and kept out of the optimiser and of train() by not being a submodule.
         self._tokenizer = [model.audio.eval().requires_grad_(False)]
 
     def forward(self, batch: SpeechBatch, augmented: bool) -> Losses:
-        waves, lengths = batch.waves.float() / 32768, batch.wave_lengths
-        if augmented:
-            waves = augment(waves, lengths, self.recipe.augment)
-        audio_ids, features, mask = self._listen(waves, batch)
-        hidden = self._run(self._misheard(batch), audio_ids, features, mask)
-        text = _cross_entropy(self.backbone, hidden, batch.labels, self.recipe.label_smoothing)
+        inputs = (batch.waves, batch.wave_lengths, batch.text_ids, batch.audio_ids, batch.feature_row)
+        hidden = self._run(*self._listen[augmented](*inputs))
+        picked = hidden.flatten(0, 1).index_select(0, batch.positions)
+        text = _cross_entropy(self.backbone, picked, batch.labels, self.recipe.label_smoothing)
         loss, losses = text, {"text": text}
         if self.recipe.ctc_weight:
             # The first two positions are user_start and media_begin; codes follow at once.
-            num_codes = waves.shape[1] // self._tokenizer[0].config.samples_per_code
+            num_codes = batch.waves.shape[1] // self._tokenizer[0].config.samples_per_code
             heard = hidden[:, 2 : 2 + num_codes]
             logits = self.characters(heard).unflatten(-1, (SLOTS, -1)).flatten(1, 2)
-            losses["ctc"] = _ctc(logits, _valid_codes(lengths, waves.shape[1]), batch)
+            losses["ctc"] = _ctc(logits, batch)
             loss = loss + self.recipe.ctc_weight * losses["ctc"]
         return {"loss": loss, **losses}
 
-    def _misheard(self, batch: SpeechBatch) -> torch.Tensor:
+    def _prepare(
+        self,
+        augmented: bool,
+        waves: torch.Tensor,
+        lengths: torch.Tensor,
+        text_ids: torch.Tensor,
+        audio_ids: torch.Tensor,
+        feature_row: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Everything before the backbone, which takes no gradient: to its inputs text ids, audio ids, features, mask.
+
+        Args:
+            augmented: whether to disturb the recording.
+            waves: [B, S] int16. lengths: [B]. text_ids, audio_ids, feature_row: [B, T], see `SpeechBatch`.
+        """
+        samples = waves.float() / 32768
+        if augmented:
+            samples = augment(samples, lengths, self.recipe.augment)
+        return self._misheard(text_ids), *self._hear(samples, lengths, audio_ids, feature_row)
+
+    def _misheard(self, tokens: torch.Tensor) -> torch.Tensor:
         """Replaces a share of the words already written, so that the next one has to be heard rather than guessed."""
         share = self.recipe.token_corruption if self.training else 0.0
         if not share:
-            return batch.text_ids
-        tokens, limit = batch.text_ids, self.config.vocab.num_text_tokens
+            return tokens
+        limit = self.config.vocab.num_text_tokens
         hit = (torch.rand(tokens.shape, device=tokens.device) < share) & (tokens < limit)
         return torch.where(hit, torch.randint_like(tokens, limit), tokens)
 
     def text_losses(self, batch: TextBatch) -> Losses:
         """Next-token loss on text alone, which keeps the language prior alive."""
         hidden = self._run(batch.text_ids, batch.audio_ids)
-        loss = _cross_entropy(self.backbone, hidden, batch.labels, self.recipe.label_smoothing)
+        loss = _cross_entropy(self.backbone, hidden.flatten(0, 1), batch.labels.flatten(), self.recipe.label_smoothing)
         return {"loss": loss, "text_only": loss}
 
-    @torch.no_grad()
-    def _listen(self, waves: torch.Tensor, batch: SpeechBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _hear(
+        self, waves: torch.Tensor, lengths: torch.Tensor, audio_ids: torch.Tensor, feature_row: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Fills codes into the audio stream, [B, T], and lays features along it, [B, T, F], with their mask [B, T].
 
         Dropping the features of some rows, the codes of others, and short spans of both makes each useful alone.
         """
         tokenizer, drop = self._tokenizer[0], self.recipe.feature_dropout if self.training else 0.0
-        features = tokenizer.features_from_wave(waves, batch.wave_lengths)
-        codes = tokenizer.quantize(features, _valid_codes(batch.wave_lengths, waves.shape[1])).codes
-        rows = batch.feature_row.clamp_min(0)
-        shown = batch.feature_row >= 0
+        features = tokenizer.features_from_wave(waves, lengths)
+        codes = tokenizer.quantize(features, _valid_codes(lengths, waves.shape[1])).codes
+        rows = feature_row.clamp_min(0)
+        shown = feature_row >= 0
         codes, features = codes.gather(1, rows), _gather_rows(features, rows)
         size = len(waves)
         no_features = torch.rand(size, 1, device=waves.device) < drop
@@ -166,7 +191,7 @@ class SpeechTextObjective(nn.Module):
         # Spans of about three codes (240 ms) vanish from both: words must come from context.
         starts = torch.rand(rows.shape, device=waves.device) < 0.15 * drop
         gone = F.max_pool1d(starts.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
-        audio_ids = torch.where(shown & ~no_codes & ~gone, codes + self.config.vocab.audio_offset, batch.audio_ids)
+        audio_ids = torch.where(shown & ~no_codes & ~gone, codes + self.config.vocab.audio_offset, audio_ids)
         return audio_ids, features, shown & ~no_features & ~gone
 
 
@@ -204,21 +229,21 @@ def _gather_rows(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return features.gather(1, rows[..., None].expand(-1, -1, features.shape[-1]))
 
 
-def _cross_entropy(backbone: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Computes logits only where there is a label; most positions of a speech batch have none."""
-    picked = labels != IGNORE
-    logits = backbone.text_logits(hidden[picked]).float()  # type: ignore[operator]
-    return F.cross_entropy(logits, labels[picked], label_smoothing=smoothing)
+def _cross_entropy(backbone: Backbone, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Mean loss of hidden states [P, D] against labels [P], of which IGNORE counts for nothing."""
+    logits = backbone.text_logits(hidden).float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, label_smoothing=smoothing)
 
 
-def _ctc(logits: torch.Tensor, valid: torch.Tensor, batch: SpeechBatch) -> torch.Tensor:
+def _ctc(logits: torch.Tensor, batch: SpeechBatch) -> torch.Tensor:
     """Mean CTC loss per character; logits [B, N * SLOTS, C + 1]."""
     logprobs = logits.float().log_softmax(-1).transpose(0, 1)
-    frames = (valid.sum(1) * SLOTS).cpu()
-    lengths = batch.character_lengths.cpu()
-    losses = F.ctc_loss(logprobs, batch.characters, frames, lengths, reduction="none", zero_infinity=True)
-    known = (lengths > 0).to(losses)  # rows without a transcript have nothing to say here
-    return (losses * known).sum() / lengths.sum().clamp_min(1).to(losses)
+    frames = tuple(SLOTS * count for count in batch.code_counts)
+    losses = F.ctc_loss(
+        logprobs, batch.characters, frames, batch.character_counts, reduction="none", zero_infinity=True
+    )
+    known = (batch.character_lengths > 0).to(losses)  # rows without a transcript have nothing to say here
+    return (losses * known).sum() / batch.character_lengths.sum().clamp_min(1).to(losses)
 
 
 def build_objective(model: Model, recipe: Recipe, teacher: AudioEncoder | None) -> nn.Module:

@@ -34,7 +34,14 @@ def speech(corpus, processor):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def spread_labels(batch):
+    """Labels [B, T] with IGNORE where there is none."""
+    full = torch.full(batch.text_ids.shape, IGNORE).flatten()
+    return full.scatter(0, batch.positions, batch.labels).view(batch.text_ids.shape)
 
 
 def test_order_follows_the_seed(speech):
@@ -55,24 +62,26 @@ def test_restored_loader_goes_on_with_the_next_batch(speech):
 
 def test_rows_are_laid_out_as_in_inference(speech, processor):
     for batch in islice(speech(), 4):
+        labels = spread_labels(batch)
         for row in range(len(batch.waves)):
             codes = int((batch.feature_row[row] >= 0).sum())
-            answer = batch.labels[row][batch.labels[row] != IGNORE].tolist()
+            answer = labels[row][labels[row] != IGNORE].tolist()
             assert answer[-1] == processor.ids["text_eos"]
             expected = processor.transcription(codes, processor.tokenizer.decode(answer[:-1]))
             n = len(expected)
             assert batch.audio_ids[row, :n].tolist() == expected.audio
             assert batch.text_ids[row, :n].tolist() == expected.text
-            assert batch.labels[row, :n].tolist() == expected.text_labels
+            assert labels[row, :n].tolist() == expected.text_labels
             assert (batch.text_ids[row, n:] == processor.ids["pad"]).all()
-            assert codes == -(-int(batch.wave_lengths[row]) // 1280)
+            assert codes == batch.code_counts[row] == -(-int(batch.wave_lengths[row]) // 1280)
 
 
 def test_ctc_targets_are_the_text(speech, processor):
     batch = next(iter(speech()))
-    start = 0
+    start, labels = 0, spread_labels(batch)
+    assert batch.character_counts == tuple(batch.character_lengths.tolist())
     for row, length in enumerate(batch.character_lengths.tolist()):
-        answer = batch.labels[row][batch.labels[row] != IGNORE].tolist()[:-1]
+        answer = labels[row][labels[row] != IGNORE].tolist()[:-1]
         assert batch.characters[start : start + length].tolist() == spell(processor.tokenizer.decode(answer)).tolist()
         start += length
     assert start == len(batch.characters)
