@@ -137,9 +137,9 @@ class SpeechLoader(_Place):
     def __init__(self, config: SpeechDataConfig, processor: Processor, seed: int) -> None:
         self.config, self.processor, self.seed = config, processor, seed
         self.shards = SpeechShards(config.folders, config.weights)
-        texts = [polish(item.text) for item in self.shards.utterances]
-        self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
-        self.characters = [spell(text) for text in texts]
+        self.texts = [polish(item.text) for item in self.shards.utterances]
+        self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(self.texts)]
+        self._spelled: dict[int, np.ndarray] = {}
 
     def __iter__(self) -> Iterator[SpeechBatch]:
         while True:
@@ -180,6 +180,12 @@ class SpeechLoader(_Place):
                 plan.append((bucket, waiting[bucket]))
                 waiting[bucket] = []
         return [plan[i] for i in rng.permutation(len(plan))]
+
+    def _characters(self, number: int) -> np.ndarray:
+        """CTC targets of an utterance; spelling a large corpus ahead would hold up the start by many seconds."""
+        if number not in self._spelled:
+            self._spelled[number] = spell(self.texts[number])
+        return self._spelled[number]
 
     def _seconds(self, number: int) -> float:
         return self.shards.utterances[number].samples / SAMPLE_RATE
@@ -223,7 +229,7 @@ class SpeechLoader(_Place):
             positions.append(b * length + start - 1 + np.arange(len(tokens)))
             labels.append(tokens)
             code_counts.append(codes)
-            parts = [self.characters[i] for i in row]
+            parts = [self._characters(i) for i in row]
             # A row with speech that nobody transcribed has no target at all.
             spelled.append(_join(parts) if all(map(len, parts)) else parts[0][:0])
         sizes = np.asarray([len(part) for part in spelled])
