@@ -1,12 +1,15 @@
-"""The joint model, read top to bottom: audio tokenizer and backbone, and how a batch flows through them.
+"""The joint model, read top to bottom: audio tokenizer, eyes and backbone, and how a batch flows through them.
 
     wave [B, S] ─► AudioTokenizer ─► codes [B, N], features [B, N, F]
                                           │ placed at the clip's positions
     text_ids [B, T] ─┐                    ▼
     audio_ids [B, T] ┴─► Backbone.embed ─► x [B, T, D] ─► trunk ─► text branch ─► text logits [B, T, V]
-                                                               └─► audio branch ─► audio logits [B, T, V]
+                      ▲                                        └─► audio branch ─► audio logits [B, T, V]
+                      │ in place of the embeddings at the media pads
+    pixel_values [P, 3, p, p] ─► VisionEncoder ─► rows [M, D]
 
-Shapes: B rows, T positions, N codes, F feature width, D hidden size, V vocabulary, S samples at 16 kHz.
+Shapes: B rows, T positions, N codes, F feature width, D hidden size, V vocabulary, S samples at 16 kHz, P patches,
+p pixels a side of a patch, M vision rows.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from torch import nn
 
 from kimi_mm.audio.tokenizer import AudioTokenizer
 from kimi_mm.config import ModelConfig
+from kimi_mm.errors import UserError
 from kimi_mm.processing import ModelInputs
 from kimi_mm.text.backbone import Backbone
 from kimi_mm.text.cache import BackboneCache
+from kimi_mm.vision.encoder import VisionEncoder
 
 
 @dataclass
@@ -32,7 +37,7 @@ class ModelOutput:
 
 
 class Model(nn.Module):
-    """Audio tokenizer and backbone behind one forward.
+    """Audio tokenizer, eyes and backbone behind one forward; `vision` is None in a model without eyes.
 
     Args:
         config: sizes of all parts; `config.backbone.vocab_size` covers text, special ids and audio codes.
@@ -43,17 +48,38 @@ class Model(nn.Module):
         self.config = config
         self.audio = AudioTokenizer(config.audio)
         self.backbone = Backbone(config.backbone)
+        self.vision = None if config.vision is None else VisionEncoder(config.vision)
 
     def forward(self, inputs: ModelInputs, cache: BackboneCache | None = None) -> ModelOutput:
         """Runs the backbone over a batch whose codes and features are already in place.
 
         Args:
-            inputs: ids [B, T], `lengths` [B], features [B, T, F] where `feature_mask` [B, T] is set.
+            inputs: ids [B, T], `lengths` [B], features [B, T, F] where `feature_mask` [B, T] is set, pictures.
             cache: continues earlier positions and is updated in place; None starts afresh and keeps nothing.
+
+        Raises:
+            UserError: pictures for a model without eyes, or more or fewer rows than placeholders.
         """
-        x = self.backbone.embed(inputs.text_ids, inputs.audio_ids, inputs.features, inputs.feature_mask)
-        output = self.backbone(x, lengths=inputs.lengths, cache=cache)
+        output = self.backbone(self.embed(inputs), lengths=inputs.lengths, cache=cache)
         return ModelOutput(output.text_hidden, output.audio_hidden)
+
+    def embed(self, inputs: ModelInputs) -> torch.Tensor:
+        """Returns what the backbone reads, [B, T, D]: ids, features, and the rows of pictures in their places."""
+        x = self.backbone.embed(inputs.text_ids, inputs.audio_ids, inputs.features, inputs.feature_mask)
+        if inputs.vision_at is None:
+            return x
+        rows = self.see(inputs) if inputs.vision_rows is None else inputs.vision_rows
+        if len(rows) != len(inputs.vision_at):
+            raise UserError(f"the pictures make {len(rows)} rows, the prompt has {len(inputs.vision_at)} placeholders.")
+        return x.flatten(0, 1).index_copy(0, inputs.vision_at, rows.to(x.dtype)).view_as(x)
+
+    def see(self, inputs: ModelInputs) -> torch.Tensor:
+        """Runs the eyes over all pictures and chunks of a batch: rows [M, D] in the order of `vision_at`."""
+        if self.vision is None:
+            raise UserError("the model has no eyes, its config has no section 'vision'.")
+        if inputs.pixel_values is None or inputs.grid_thw is None:
+            raise UserError("the prompt has placeholders for pictures, but there are no pictures.")
+        return torch.cat(self.vision(inputs.pixel_values, inputs.grid_thw))
 
     def step(self, text_ids: torch.Tensor, audio_ids: torch.Tensor, cache: BackboneCache) -> ModelOutput:
         """Decodes one position: ids [B] of both streams to hidden states [B, 1, D]."""

@@ -9,14 +9,21 @@ A prompt is two streams of equal length, an audio stream A and a text stream T; 
 
 Continuous features belong to the positions of the codes, row for row.
 
-Shapes: T positions, N codes of one clip, F feature width, B rows.
+Pictures and clips follow K2.5: a picture of n rows, and each chunk of a clip behind the time it starts at, are
+
+    A: _ ...        media_begin _     media_content pad x n media_end
+    T: 00:00:02.000 _           video _             _   x n _            ("image", and no time, for a picture)
+
+The rows of the vision encoder stand at the pads in place of their embeddings; no pad ever carries a label.
+
+Shapes: T positions, N codes of one clip, F feature width, B rows, M vision rows, P patches, p pixels a side of a patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +32,9 @@ from kimi_mm.config import VocabConfig
 from kimi_mm.errors import UserError
 from kimi_mm.text.tokenizer import TextTokenizer
 
+if TYPE_CHECKING:
+    from kimi_mm.vision.processing import VisionItem, VisionProcessor
+
 IGNORE = -100  # label of positions without loss
 
 
@@ -32,7 +42,8 @@ IGNORE = -100  # label of positions without loss
 class Streams:
     """One conversation as Python lists, grown message by message.
 
-    `clip_index[i]`/`clip_row[i]` tell which clip and which of its rows position i shows; -1 elsewhere.
+    `clip_index[i]`/`clip_row[i]` tell which clip and which of its rows position i shows; -1 elsewhere. `item_index[i]`
+    is the number of the picture or chunk whose rows, in order, lie at the positions that bear it; -1 elsewhere.
     """
 
     audio: list[int] = field(default_factory=list)
@@ -40,13 +51,15 @@ class Streams:
     clip_index: list[int] = field(default_factory=list)
     clip_row: list[int] = field(default_factory=list)
     text_labels: list[int] = field(default_factory=list)
+    item_index: list[int] = field(default_factory=list)
 
-    def add(self, audio: int, text: int, *, label: int = IGNORE, clip: int = -1, row: int = -1) -> None:
+    def add(self, audio: int, text: int, *, label: int = IGNORE, clip: int = -1, row: int = -1, item: int = -1) -> None:
         self.audio.append(audio)
         self.text.append(text)
         self.text_labels.append(label)
         self.clip_index.append(clip)
         self.clip_row.append(row)
+        self.item_index.append(item)
 
     def __len__(self) -> int:
         return len(self.audio)
@@ -54,18 +67,27 @@ class Streams:
 
 @dataclass
 class ModelInputs:
-    """A right-padded batch: ids [B, T] int64, `lengths` [B], features [B, T, F] with `feature_mask` [B, T] bool."""
+    """A right-padded batch: ids [B, T] int64, `lengths` [B], features [B, T, F] with `feature_mask` [B, T] bool.
+
+    Pictures and chunks of the whole batch, row by row: `pixel_values` [P, 3, p, p], `grid_thw` [items, 3], which stays
+    on the CPU, and `vision_at` [M] int64, the flat positions b * T + t that their rows take. `vision_rows` [M, D], when
+    given, are rows computed before, and no pixels are needed.
+    """
 
     text_ids: torch.Tensor
     audio_ids: torch.Tensor
     lengths: torch.Tensor
     features: torch.Tensor | None = None
     feature_mask: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    grid_thw: torch.Tensor | None = None
+    vision_at: torch.Tensor | None = None
+    vision_rows: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> ModelInputs:
-        """Moves every tensor to a device."""
-        moved = (t if t is None else t.to(device) for t in (self.features, self.feature_mask))
-        return ModelInputs(self.text_ids.to(device), self.audio_ids.to(device), self.lengths.to(device), *moved)
+        """Moves every tensor to a device, but for `grid_thw`, which the host reads."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None and name != "grid_thw"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -77,11 +99,18 @@ class AudioClip:
 
 
 class Processor:
-    """Turns messages into the two streams, and the model's text ids back into text."""
+    """Turns messages into the two streams, and the model's text ids back into text.
 
-    def __init__(self, vocab: VocabConfig, tokenizer: TextTokenizer) -> None:
+    Args:
+        vocab: ids of the joint vocabulary.
+        tokenizer: of the text.
+        vision: reads pictures and clips; None for a model without eyes.
+    """
+
+    def __init__(self, vocab: VocabConfig, tokenizer: TextTokenizer, vision: VisionProcessor | None = None) -> None:
         self.vocab = vocab
         self.tokenizer = tokenizer
+        self.vision = vision
         self.ids = {name: vocab.special(name) for name in VocabConfig.SPECIALS}
 
     # ---- layout ------------------------------------------------------------------------------------------------
@@ -93,8 +122,9 @@ class Processor:
 
         Args:
             messages: dictionaries with `role` ("user", "assistant", "system") and `content`: a string or a list of
-                parts, {"type": "text", "text": str} or {"type": "audio", "num_codes": int, "codes": optional ids}.
-                Clips are numbered in the order in which they appear.
+                parts: {"type": "text", "text": str}, {"type": "audio", "num_codes": int, "codes": optional ids},
+                {"type": "image", "num_tokens": int}, {"type": "video", "chunks": [(seconds, num_tokens), ...]}.
+                Recordings, and pictures and chunks together, are numbered in the order in which they appear.
             output: "text", or "speech" for text and audio.
             add_assistant_start: end with the marker after which the model answers.
 
@@ -104,7 +134,7 @@ class Processor:
         if output not in ("text", "speech"):
             raise UserError(f"output '{output}' must be 'text' or 'speech'.")
         ids, blank = self.ids, self.ids["text_blank"]
-        streams, clips = Streams(), 0
+        streams, clips, items = Streams(), 0, 0
         for number, message in enumerate(messages):
             role = message.get("role")
             if role not in ("user", "assistant", "system"):
@@ -122,8 +152,12 @@ class Processor:
                 elif kind == "audio":
                     self._audio(streams, clips, part)
                     clips += 1
+                elif kind in ("image", "video"):
+                    items = self._seen(streams, items, part)
                 else:
-                    raise UserError(f"message {number}: part type {kind!r} must be 'text' or 'audio'.")
+                    raise UserError(
+                        f"message {number}: part type {kind!r} must be 'text', 'audio', 'image' or 'video'."
+                    )
             if parts[-1].get("type") == "audio" and role == "user":
                 streams.add(ids["continue_text" if output == "text" else "continue_speech"], blank)
             streams.add(ids["msg_end"], blank)
@@ -157,14 +191,82 @@ class Processor:
             streams.add(code, blank, clip=clip, row=row)
         streams.add(self.ids["media_end"], blank)
 
+    def _seen(self, streams: Streams, item: int, part: dict[str, Any]) -> int:
+        """Lays out a picture or a clip whose first item is number `item`; returns the number of the next one."""
+        blank, video = self.ids["text_blank"], part["type"] == "video"
+        chunks = part.get("chunks", []) if video else [(None, part.get("num_tokens", 0))]
+        if not chunks or min(count for _, count in chunks) < 1:
+            raise UserError(f"{part['type']} part {item}: its size is not known; pass the messages to `see` first.")
+        for seconds, count in chunks:
+            if seconds is not None:
+                self._text(streams, timestamp(seconds), learn=False)
+            streams.add(self.ids["media_begin"], blank)
+            self._text(streams, part["type"], learn=False)
+            streams.add(self.ids["media_content"], blank)
+            for _ in range(count):
+                streams.add(self.ids["media_pad"], blank, item=item)
+            streams.add(self.ids["media_end"], blank)
+            item += 1
+        return item
+
+    def see(self, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[VisionItem]]:
+        """Reads the pictures and clips of a conversation.
+
+        Args:
+            messages: as for `streams`, where {"type": "image", "image": source} and {"type": "video", "video": source}
+                stand for files, bytes, PIL images or arrays (`kimi_mm.vision.processing`), and OpenAI's
+                {"type": "image_url", "image_url": {"url": "data:..."}} is taken too.
+
+        Returns:
+            The messages with sizes in place of sources, and all pictures and chunks in order.
+
+        Raises:
+            ImageError: a picture or clip cannot be used.
+            UserError: the model has no eyes, or a part has no source.
+        """
+        items: list[VisionItem] = []
+        seen = []
+        for number, message in enumerate(messages):
+            parts = message.get("content")
+            if isinstance(parts, list):
+                parts = [self._look(part, f"message {number}", items) for part in parts]
+            seen.append({**message, "content": parts})
+        return seen, items
+
+    def _look(self, part: dict[str, Any], where: str, items: list[VisionItem]) -> dict[str, Any]:
+        kind = part.get("type")
+        if kind not in ("image", "image_url", "video"):
+            return part
+        if self.vision is None:
+            raise UserError(f"{where}: the model has no eyes, its config has no section 'vision'.")
+        source = part.get(kind)
+        if kind == "image_url" and isinstance(source, dict):
+            source = source.get("url")
+        if source is None:
+            raise UserError(f"{where}: part of type '{kind}' needs a key '{kind}' with the file or picture.")
+        found = self.vision.clip(source, fps=part.get("fps")) if kind == "video" else [self.vision.picture(source)]
+        items.extend(found)
+        if kind == "video":
+            return {"type": "video", "chunks": [(item.seconds, item.num_tokens) for item in found]}
+        return {"type": "image", "num_tokens": found[0].num_tokens}
+
     # ---- tensors -----------------------------------------------------------------------------------------------
 
-    def collate(self, rows: Sequence[Streams], clips: Sequence[Sequence[AudioClip]]) -> ModelInputs:
-        """Pads rows on the right and fills in codes and features.
+    def collate(
+        self,
+        rows: Sequence[Streams],
+        clips: Sequence[Sequence[AudioClip]],
+        items: Sequence[Sequence[VisionItem]] | None = None,
+    ) -> ModelInputs:
+        """Pads rows on the right, fills in codes and features, and packs pictures.
 
         Args:
             rows: B conversations.
             clips: for each row, its clips in order; `codes` [N], `features` [N, F].
+            items: for each row, its pictures and chunks in order; None: there are none.
+
+        Raises:
+            UserError: a recording, picture or chunk and its placeholder have different sizes.
         """
         batch, longest = len(rows), max(len(row) for row in rows)
         text = torch.full((batch, longest), self.ids["pad"])
@@ -186,4 +288,33 @@ class Processor:
                 features[b, where] = clip.features.cpu().float()[rows_of_clip]
                 mask[b, where] = True
         lengths = torch.tensor([len(row) for row in rows])
-        return ModelInputs(text, audio, lengths, features if width else None, mask if width else None)
+        inputs = ModelInputs(text, audio, lengths, features if width else None, mask if width else None)
+        return self._place_items(inputs, rows, items or [[] for _ in rows])
+
+    @staticmethod
+    def _place_items(
+        inputs: ModelInputs, rows: Sequence[Streams], items: Sequence[Sequence[VisionItem]]
+    ) -> ModelInputs:
+        width, at, everything = inputs.text_ids.shape[1], [], []
+        for b, (row, row_items) in enumerate(zip(rows, items, strict=True)):
+            index = np.asarray(row.item_index)
+            pads = np.flatnonzero(index >= 0)
+            counts = np.bincount(index[pads], minlength=len(row_items)).tolist()
+            if len(counts) != len(row_items):
+                raise UserError(f"row {b} has placeholders for {len(counts)} pictures, and {len(row_items)} pictures.")
+            for item, count in zip(row_items, counts, strict=True):
+                if item.num_tokens != count:
+                    raise UserError(f"{item.name} makes {item.num_tokens} rows, its placeholder has {count}.")
+            at.append(pads + b * width)
+            everything.extend(row_items)
+        if everything:
+            inputs.pixel_values = torch.cat([item.pixel_values for item in everything])
+            inputs.grid_thw = torch.tensor([item.grid for item in everything])
+            inputs.vision_at = torch.from_numpy(np.concatenate(at))
+        return inputs
+
+
+def timestamp(seconds: float) -> str:
+    """Returns HH:MM:SS.mmm as published: milliseconds are cut off, not rounded."""
+    whole = int(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}.{int(seconds % 1 * 1000):03d}"

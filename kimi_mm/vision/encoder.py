@@ -164,7 +164,7 @@ class VisionEncoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor | Sequence[Grid]) -> list[torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor | list[Grid]) -> list[torch.Tensor]:
         """Encodes pictures and chunks of clips, of any sizes, together.
 
         Args:
@@ -177,7 +177,7 @@ class VisionEncoder(nn.Module):
         Raises:
             UserError: when grids and patches do not fit each other or the config.
         """
-        rows = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else grid_thw
+        rows = grid_thw if isinstance(grid_thw, list) else grid_thw.tolist()
         grids: list[Grid] = [(t, h, w) for t, h, w in rows]
         self._check(pixel_values, grids)
         if not grids:

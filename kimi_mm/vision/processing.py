@@ -86,12 +86,6 @@ def sample_frames(num_frames: int, fps: float, config: VisionConfig) -> list[int
     return [int(i) for i in np.linspace(0, num_frames - 1, count).round()]
 
 
-def timestamp(seconds: float) -> str:
-    """Returns HH:MM:SS.mmm, milliseconds cut off as published; a float is taken as it is (0.29 * 100 is 28.999...)."""
-    whole = int(seconds)
-    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}.{int(seconds % 1 * 1000):03d}"
-
-
 class VisionProcessor:
     """Turns pictures and clips into `VisionItem`s by the rules of one config."""
 
