@@ -8,6 +8,7 @@ Shapes: B rows, T prompt positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,8 @@ def generate_text(
     if len(alive) < batch:
         cache, hidden = cache.select(alive), hidden[alive]
     while alive:
-        logits = _allowed(model.backbone.text_logits(hidden)[:, -1].float(), vocab)
+        # Text and special ids come first; the audio codes after them would cost half of the product.
+        logits = _allowed(model.backbone.text_logits(hidden, vocab.audio_offset)[:, -1].float(), vocab)
         chosen = _choose(logits, sampling, generator)
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
         keep = []
@@ -101,6 +103,35 @@ def generate_text(
     ]
 
 
+@torch.inference_mode()
+def stream_text(
+    model: Model,
+    inputs: ModelInputs,
+    *,
+    sampling: TextSampling | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Yields the text ids of one row as they are chosen, without `text_eos`; stops as `generate_text` does.
+
+    Args:
+        inputs: one prompt, B = 1, that ends with `assistant_start`.
+        sampling: greedy by default.
+        generator: source of randomness when the temperature is above 0.
+    """
+    sampling = sampling or TextSampling()
+    vocab, tokens = model.config.vocab, []
+    eos, blank = vocab.special("text_eos"), vocab.special("text_blank")
+    cache = model.backbone.new_cache(1, device=inputs.text_ids.device, dtype=model.backbone.embed_tokens.weight.dtype)
+    hidden = model(inputs, cache).text_hidden[:, int(inputs.lengths[0]) - 1, None]
+    while len(tokens) < sampling.max_tokens:
+        chosen = _choose(_allowed(model.backbone.text_logits(hidden)[:, -1].float(), vocab), sampling, generator)
+        tokens.append(int(chosen))
+        if tokens[-1] == eos or loop_period(tokens):
+            return
+        yield tokens[-1]
+        hidden = model.step(chosen, torch.full_like(chosen, blank), cache).text_hidden
+
+
 def loop_period(tokens: list[int], copies: int = 3, longest: int = 24) -> int:
     """Returns the length of a phrase that ends the list `copies` times in a row (0: none).
 
@@ -117,7 +148,7 @@ def loop_period(tokens: list[int], copies: int = 3, longest: int = 24) -> int:
 
 
 def _allowed(logits: torch.Tensor, vocab: VocabConfig) -> torch.Tensor:
-    """Forbids everything but text ids and `text_eos` in [B, V] logits."""
+    """Forbids everything but text ids and `text_eos` in logits [B, ids]."""
     eos = vocab.special("text_eos")
     keep = logits[:, eos].clone()
     logits[:, vocab.num_text_tokens :] = float("-inf")

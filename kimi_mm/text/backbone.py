@@ -184,9 +184,10 @@ class Backbone(nn.Module):
             cache.advance(inputs_embeds.shape[1], lengths)
         return BackboneOutput(text_hidden, audio_hidden)
 
-    def text_logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V] over the whole vocabulary."""
-        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+    def text_logits(self, hidden: Tensor, size: int | None = None) -> Tensor:
+        """[..., D] -> [..., V] over the whole vocabulary, or over its first `size` ids."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, weight if size is None else weight[:size])
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] over the whole vocabulary."""
