@@ -1,0 +1,76 @@
+"""The past that a streaming DiT attends to: keys and values of frames already spoken, for any number of streams.
+
+Keys are kept before rotation and rotated anew for each chunk: positions then always run from 0 to the length of the
+window, however long a stream lasts, and a protected prompt stays next to what is left of the past.
+
+Shapes: L layers, B streams, H heads, C cached frames, T new frames, K head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class DiTCache:
+    """Keys and values [L, B, H, C, K], right-aligned: of stream b the last `lengths[b]` frames are there.
+
+    The first `prompts[b]` of them are a speaker prompt and are never dropped. Tensors are not written in place, so
+    copies may share them.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+    @classmethod
+    def stack(cls, caches: list[DiTCache]) -> DiTCache:
+        """Puts streams side by side, padding shorter ones on the left."""
+        width = max(cache.keys.shape[3] for cache in caches)
+
+        def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([F.pad(t, (0, 0, width - t.shape[3], 0)) for t in tensors], 1)
+
+        return cls(
+            joined([cache.keys for cache in caches]),
+            joined([cache.values for cache in caches]),
+            tuple(n for cache in caches for n in cache.lengths),
+            tuple(n for cache in caches for n in cache.prompts),
+        )
+
+    def row(self, number: int) -> DiTCache:
+        """Returns one stream's part, without padding."""
+        first = self.keys.shape[3] - self.lengths[number]
+        cut = (slice(None), slice(number, number + 1), slice(None), slice(first, None))
+        return DiTCache(self.keys[cut], self.values[cut], (self.lengths[number],), (self.prompts[number],))
+
+    def extended(self, keys: torch.Tensor, values: torch.Tensor, counts: list[int], limit: int) -> DiTCache:
+        """Appends new frames and drops the oldest beyond `limit`, prompts apart.
+
+        Args:
+            keys, values: [L, B, H, T, K], left-aligned.
+            counts: of the new frames, how many belong to each stream.
+            limit: largest number of frames kept for a stream.
+        """
+        rows = [self._extended_row(b, keys, values, count, limit) for b, count in enumerate(counts)]
+        return DiTCache.stack(rows)
+
+    def protected(self) -> DiTCache:
+        """Returns the cache with all frames so far marked as prompt."""
+        return replace(self, prompts=self.lengths)
+
+    def _extended_row(self, number: int, keys: torch.Tensor, values: torch.Tensor, count: int, limit: int) -> DiTCache:
+        old, prompt = self.row(number), self.prompts[number]
+        new = slice(number, number + 1)
+        k = torch.cat([old.keys, keys[:, new, :, :count]], 3)
+        v = torch.cat([old.values, values[:, new, :, :count]], 3)
+        surplus = k.shape[3] - limit
+        if surplus > 0:
+            rest = prompt + surplus
+            k = torch.cat([k[:, :, :, :prompt], k[:, :, :, rest:]], 3)
+            v = torch.cat([v[:, :, :, :prompt], v[:, :, :, rest:]], 3)
+        return DiTCache(k, v, (k.shape[3],), (prompt,))
