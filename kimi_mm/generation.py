@@ -124,7 +124,8 @@ def stream_text(
     cache = model.backbone.new_cache(1, device=inputs.text_ids.device, dtype=model.backbone.embed_tokens.weight.dtype)
     hidden = model(inputs, cache).text_hidden[:, int(inputs.lengths[0]) - 1, None]
     while len(tokens) < sampling.max_tokens:
-        chosen = _choose(_allowed(model.backbone.text_logits(hidden)[:, -1].float(), vocab), sampling, generator)
+        logits = _allowed(model.backbone.text_logits(hidden, vocab.audio_offset)[:, -1].float(), vocab)
+        chosen = _choose(logits, sampling, generator)
         tokens.append(int(chosen))
         if tokens[-1] == eos or loop_period(tokens):
             return

@@ -1,12 +1,14 @@
-"""The model as people use it: load by name, transcribe a recording of any length.
+"""The model as people use it: load by name, transcribe a recording of any length, ask about pictures and clips.
 
 recording ─► 16 kHz mono ─► pieces cut at silences ─► codes + features ─► prompts ─► text, piece by piece
+pictures, clips ─► patches ─► rows ─► prompt with the question ─► text, word by word
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +18,16 @@ from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.audio.tokenizer import AudioTokenizer
 from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.config import ModelConfig
-from kimi_mm.errors import CheckpointError
-from kimi_mm.generation import TextResult, generate_text
+from kimi_mm.errors import CheckpointError, UserError
+from kimi_mm.generation import TextResult, TextSampling, generate_text, stream_text
 from kimi_mm.model import Model
-from kimi_mm.processing import AudioClip, Processor
+from kimi_mm.processing import AudioClip, ModelInputs, Processor
 from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.types import Segment, Transcript
+from kimi_mm.vision.processing import VisionItem, VisionProcessor
 
 SAMPLE_RATE = 16_000
+QUESTION = "What is in the picture?"
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -48,7 +52,8 @@ class KimiMM:
 
     def __init__(self, model: Model, text_tokenizer: TextTokenizer) -> None:
         self.model = model.eval()
-        self.processor = Processor(model.config.vocab, text_tokenizer)
+        vision = None if model.config.vision is None else VisionProcessor(model.config.vision)
+        self.processor = Processor(model.config.vocab, text_tokenizer, vision)
 
     @property
     def config(self) -> ModelConfig:
@@ -126,6 +131,80 @@ class KimiMM:
         # Fast speech stays below eight tokens a second; the rest is room for short clips.
         budgets = [12 + 8 * len(wave) // SAMPLE_RATE for wave in waves]
         return generate_text(self.model, inputs, budgets=budgets)
+
+    def describe(self, images: Any, question: str = QUESTION, **options: Any) -> str:
+        """Answers a question about pictures and clips; arguments as for `describe_stream`, which gives it in pieces."""
+        return "".join(self.describe_stream(images, question, **options))
+
+    def describe_stream(
+        self,
+        images: Any,
+        question: str = QUESTION,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[str]:
+        """Answers a question about pictures and clips, word by word.
+
+        Args:
+            images: one or a list, shown in this order: paths, "-", data: URLs, bytes, PIL images, arrays, video files,
+                or items that `look` returned.
+            question: asked after them.
+            max_tokens: longest answer.
+            temperature: 0 is greedy; above it, ids are drawn from `generator`.
+
+        Returns:
+            Pieces of the answer, whole characters each.
+
+        Raises:
+            ImageError: a picture cannot be used.
+            UserError: the model has no eyes, or there is no picture or no question.
+        """
+        items = images if isinstance(images, list) and images and isinstance(images[0], VisionItem) else None
+        items = self.look(images) if items is None else items
+        sampling = TextSampling(temperature=temperature, max_tokens=max_tokens)
+        return self._answer(self.question_inputs(items, question), sampling, generator)
+
+    def reply(
+        self, messages: Sequence[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0
+    ) -> Iterator[str]:
+        """Continues a conversation with pictures and clips in any of its turns, word by word.
+
+        Args:
+            messages: as for `Processor.see`; the last one is the user's.
+            max_tokens, temperature: as for `describe_stream`.
+        """
+        seen, items = self.processor.see(messages)
+        inputs = self.processor.collate([self.processor.streams(seen)], [[]], [items]).to(self.device)
+        return self._answer(inputs, TextSampling(temperature=temperature, max_tokens=max_tokens), None)
+
+    def look(self, images: Any) -> list[VisionItem]:
+        """Reads one or a list of pictures and clips into patches; what was left out stands in the items' `notes`."""
+        if self.processor.vision is None:
+            raise UserError(f"model '{self.config.name}' has no eyes; take a checkpoint whose config has 'vision'.")
+        sources = images if isinstance(images, (list, tuple)) else [images]
+        return [item for source in sources for item in self.processor.vision.load(source)]
+
+    def question_inputs(self, items: Sequence[VisionItem], question: str, answer: str | None = None) -> ModelInputs:
+        """Returns the prompt of a question about items, and behind it an answer when there is one."""
+        if not items:
+            raise UserError("there is no picture to look at.")
+        if not question.strip():
+            raise UserError("the question is empty.")
+        streams = self.processor.question(items, question, answer)
+        return self.processor.collate([streams], [[]], [items]).to(self.device)
+
+    def _answer(self, inputs: ModelInputs, sampling: TextSampling, generator: torch.Generator | None) -> Iterator[str]:
+        ids: list[int] = []
+        given = ""
+        for token in stream_text(self.model, inputs, sampling=sampling, generator=generator):
+            ids.append(token)
+            text = self.processor.tokenizer.decode(ids)
+            # A character of several bytes is whole only when its last id has come.
+            if len(text) > len(given) and not text.endswith("\ufffd"):
+                yield text[len(given) :]
+                given = text
 
     @property
     def device(self) -> torch.device:

@@ -172,6 +172,19 @@ class Processor:
             self._text(streams, text, learn=True)
         return streams
 
+    def question(self, items: Sequence[VisionItem], question: str, answer: str | None = None) -> Streams:
+        """Lays out a question about pictures and chunks; with `answer`, it follows and carries the labels."""
+        parts: list[dict[str, Any]] = []
+        for item in items:
+            if item.seconds is None:
+                parts.append({"type": "image", "num_tokens": item.num_tokens})
+            else:
+                parts.append({"type": "video", "chunks": [(item.seconds, item.num_tokens)]})
+        streams = self.streams([{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
+        if answer is not None:
+            self._text(streams, answer, learn=True)
+        return streams
+
     def _text(self, streams: Streams, text: str, *, learn: bool) -> None:
         # A label sits on the position that must predict it, one before the token itself.
         blank = self.ids["text_blank"]

@@ -10,6 +10,7 @@ import typer
 
 from kimi_mm import __version__
 from kimi_mm.cli.demo import demo
+from kimi_mm.cli.describe import describe as describe_pictures
 from kimi_mm.cli.errors import UsageError, complain, debugging, describe
 from kimi_mm.cli.evaluate import app as eval_app
 from kimi_mm.cli.info import info
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(transcribe)
+app.command("describe")(describe_pictures)
 app.command()(tokenize)
 app.command()(demo)
 app.command()(info)
