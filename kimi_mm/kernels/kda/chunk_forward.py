@@ -1,0 +1,199 @@
+"""Forward kernels of chunked KDA: everything inside a chunk at once, then a serial scan over the chunks.
+
+    inside   (chunk, head)           q k v g beta ─► w u kg qg P X fade
+    scan     (V tile, head, sequence)  D = u - w S     o = qg S + P D     S <- fade * S + kg^T D
+
+with S [K, V] the state a chunk starts from and, for one chunk (facts of Kimi Linear, section 3; G = running log-decay),
+
+    P = tril(q k^T decayed)       X = (I + stril(beta k k^T decayed))^-1      u = X (beta v)
+    w = X (beta k e^G)            qg = q e^G        kg = k e^(G_last - G)     fade = e^G_last
+
+Cost per head and chunk of 64 rows at K = V = 128: `inside` reads 64 KiB, writes 72 KiB and does about 10 MFLOP on
+tensor cores; `scan` reads 72 KiB, writes 16 KiB, 7 MFLOP. At T = 8192, 32 heads both move 0.9 GB: 0.3 ms at 3 TB/s,
+where inputs and output alone would take 0.11 ms.
+
+Shapes:  B batch  T time  H key heads  HV value heads  NC chunks of all sequences  N sequences
+         BT chunk rows  BK, BV padded key channels and a tile of VP padded value channels
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kimi_mm.kernels.kda.chunk_ops import (
+    anchored,
+    diagonal_mask,
+    last_row,
+    load_beta,
+    load_rows,
+    place,
+    running_decay,
+    span_factor,
+    span_mask,
+    square,
+    unit_lower_inverse,
+    unit_rows,
+)
+
+
+@triton.jit
+def scores(
+    q, k, G, BT: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P (diagonal kept) and A (strictly lower), [BT, BT] fp32, from q, k [BT, BK] and the running log2-decay G.
+
+    LEVELS spans from BT down to 2 SUB are taken, then the diagonal blocks of SUB rows (16 for a bounded gate, 1
+    otherwise). Operands are rounded to KIND.
+    """
+    P = tl.zeros((BT, BT), tl.float32)
+    A = tl.zeros((BT, BT), tl.float32)
+    for level in tl.static_range(LEVELS):
+        factor = span_factor(G, BT >> level, BT, BK)
+        kf = (k * factor).to(KIND)
+        qf = (q * factor).to(KIND)
+        mask = span_mask(BT >> level, BT)
+        P += tl.where(mask, tl.dot(qf, tl.trans(kf), input_precision=PRECISION), 0.0)
+        A += tl.where(mask, tl.dot(kf, tl.trans(kf), input_precision=PRECISION), 0.0)
+    mask = diagonal_mask(SUB, BT)
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    if SUB == 1:
+        P += tl.where(mask, tl.sum(q * k, 1)[:, None], 0.0)
+    else:
+        away = tl.reshape(anchored(G, SUB, SUB // 2, BT, BK), (BT, BK))
+        rise = tl.exp2(away)
+        columns = tl.trans((k * tl.exp2(-away)).to(KIND))
+        P += tl.where(mask, tl.dot((q * rise).to(KIND), columns, input_precision=PRECISION), 0.0)
+        A += tl.where(mask & (i > j), tl.dot((k * rise).to(KIND), columns, input_precision=PRECISION), 0.0)
+    return P, A
+
+
+@triton.jit
+def inside_kernel(
+    q, k, v, g, beta, A_log, dt_bias, cu_seqlens, lengths, offsets, owner,
+    w, u, kg, qg, P, X, fade,
+    q_b, q_t, k_b, k_t, v_b, v_t, g_b, g_t, beta_b, beta_t,
+    scale, lower, T, per_row, HV,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    VP: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, LOG_BT: tl.constexpr, GATE: tl.constexpr,
+    NORM: tl.constexpr, SIGMOID: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head: gate, norms, P, X, and from them w, u, kg, qg; see the module for the equations."""
+    chunk = tl.program_id(0)
+    hv = tl.program_id(1)
+    b, first, end, _ = place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT, VARLEN)
+    if first < 0:
+        return
+    KIND = w.dtype.element_ty
+    h = hv // (HV // H)
+    left = end - first
+    row = first.to(tl.int64)
+    b = b.to(tl.int64)
+    tile = chunk.to(tl.int64) * HV + hv
+
+    G = running_decay(g + b * g_b + row * g_t + hv * K, g_t, left, A_log, dt_bias, hv, lower, K, BT, BK, GATE)
+    bt = load_beta(beta + b * beta_b + row * beta_t + hv, beta_t, left, BT, SIGMOID)
+    kt = load_rows(k + b * k_b + row * k_t + h * K, k_t, left, K, BT, BK).to(tl.float32)
+    kt *= unit_rows(kt, NORM)[:, None]
+    qt = load_rows(q + b * q_b + row * q_t + h * K, q_t, left, K, BT, BK).to(tl.float32)
+    qt *= (unit_rows(qt, NORM) * scale)[:, None]
+    scores_P, scores_A = scores(qt, kt, G, BT, BK, LEVELS, SUB, KIND, PRECISION)
+    tl.store(square(P + tile * BT * BT, BT, BT), scores_P.to(KIND))
+
+    decay = tl.exp2(G)
+    last = last_row(G, BT)
+    tl.store(square(qg + tile * BT * BK, BT, BK), (qt * decay).to(KIND))
+    tl.store(square(kg + tile * BT * BK, BT, BK), (kt * tl.exp2(last[None, :] - G)).to(KIND))
+    tl.store(fade + tile * BK + tl.arange(0, BK), tl.exp2(last))
+
+    inverse = unit_lower_inverse(scores_A * bt[:, None], BT, LOG_BT, PRECISION).to(KIND)
+    if X is not None:
+        tl.store(square(X + tile * BT * BT, BT, BT), inverse)
+    weighted = (kt * decay * bt[:, None]).to(KIND)
+    tl.store(square(w + tile * BT * BK, BT, BK), tl.dot(inverse, weighted, input_precision=PRECISION).to(KIND))
+    v += b * v_b + row * v_t + hv * V
+    for v0 in tl.static_range(0, VP, BV):
+        vt = load_rows(v + v0, v_t, left, V - v0, BT, BV).to(tl.float32)
+        ut = tl.dot(inverse, (vt * bt[:, None]).to(KIND), input_precision=PRECISION)
+        tl.store(
+            u + tile * BT * VP + tl.arange(0, BT)[:, None] * VP + v0 + tl.arange(0, BV)[None, :],
+            ut.to(KIND),
+        )
+
+
+@triton.jit
+def scan_kernel(
+    w, u, kg, qg, P, fade, initial, cu_seqlens, offsets,
+    o, final, states, deltas,
+    T, per_row, HV,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
+    VARLEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of BV value channels of one head through all chunks of one sequence, state in registers.
+
+    Each output may be None: o; final, the last state [N, HV, V, K]; states [NC, HV, BK, VP], what each chunk starts
+    from, with deltas [NC, HV, BT, VP], both for the backward.
+    """
+    v0 = tl.program_id(0) * BV
+    hv = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    if VARLEN:
+        row = tl.load(cu_seqlens + n).to(tl.int64)
+        length = tl.load(cu_seqlens + n + 1).to(tl.int32) - row.to(tl.int32)
+        chunk = tl.load(offsets + n).to(tl.int64)
+        count = (length + BT - 1) // BT
+    else:
+        row = n * T
+        length = T
+        chunk = n * per_row
+        count = per_row
+    KIND = w.dtype.element_ty
+    key = tl.arange(0, BK)
+    value = v0 + tl.arange(0, BV)
+    state = tl.zeros((BK, BV), tl.float32)
+    at_state = ((n * HV + hv) * V + value[None, :]) * K + key[:, None]
+    inside = (key[:, None] < K) & (value[None, :] < V)
+    if initial is not None:
+        state += tl.load(initial + at_state, mask=inside, other=0.0)
+
+    tile = chunk * HV + hv
+    rows = tl.arange(0, BT)[:, None]
+    wide = rows * BK + key[None, :]
+    narrow = rows * VP + value[None, :]
+    p_w = w + tile * BT * BK + wide
+    p_kg = kg + tile * BT * BK + wide
+    p_u = u + tile * BT * VP + narrow
+    p_fade = fade + tile * BK + key
+    if o is not None:
+        p_qg = qg + tile * BT * BK + wide
+        p_P = P + tile * BT * BT + rows * BT + tl.arange(0, BT)[None, :]
+        p_o = o + (row * HV + hv) * V + rows * (HV * V) + value[None, :]
+    if states is not None:
+        p_states = states + tile * BK * VP + key[:, None] * VP + value[None, :]
+        p_deltas = deltas + tile * BT * VP + narrow
+    left = length
+    for _ in tl.range(0, count, num_stages=STAGES):
+        start = state.to(KIND)
+        delta = (tl.load(p_u).to(tl.float32) - tl.dot(tl.load(p_w), start, input_precision=PRECISION)).to(KIND)
+        if o is not None:
+            out = tl.dot(tl.load(p_qg), start, input_precision=PRECISION)
+            out = tl.dot(tl.load(p_P), delta, out, input_precision=PRECISION)
+            tl.store(p_o, out.to(o.dtype.element_ty), mask=(rows < left) & (value[None, :] < V))
+            p_qg += HV * BT * BK
+            p_P += HV * BT * BT
+            p_o += BT * HV * V
+        if states is not None:
+            tl.store(p_states, start)
+            tl.store(p_deltas, delta)
+            p_states += HV * BK * VP
+            p_deltas += HV * BT * VP
+        state = tl.dot(tl.trans(tl.load(p_kg)), delta, state * tl.load(p_fade)[:, None], input_precision=PRECISION)
+        p_w += HV * BT * BK
+        p_kg += HV * BT * BK
+        p_u += HV * BT * VP
+        p_fade += HV * BK
+        left -= BT
+    if final is not None:
+        tl.store(final + at_state, state, mask=inside)

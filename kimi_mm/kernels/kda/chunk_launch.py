@@ -1,0 +1,334 @@
+"""Launches the chunk kernels of KDA: sizes, workspaces, tile choices.
+
+    forward   inside ─► scan                                    backward   scan_back ─► gradients
+                                                                (inside ─► scan again first, where nothing was kept)
+
+Shapes: as in chunk_forward. Workspaces are laid out per chunk and padded to powers of two, so that their tiles are
+dense and a ragged tail never runs over.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_mm.kernels.kda.chunk_backward import gradients_kernel, scan_back_kernel
+from kimi_mm.kernels.kda.chunk_forward import inside_kernel, scan_kernel
+from kimi_mm.kernels.kda.chunk_ops import GATE_CODES
+
+# kernel -> operand width in bits -> padded K -> BV (tile of value channels), warps, software pipeline stages.
+# A benchmark may write other values in here before the first call.
+CONFIGS: dict[str, dict[int, dict[int, dict[str, int]]]] = {
+    "inside": {
+        16: {
+            64: {"BV": 64, "num_warps": 4, "num_stages": 1},
+            128: {"BV": 64, "num_warps": 8, "num_stages": 1},
+            256: {"BV": 64, "num_warps": 8, "num_stages": 1},
+        },
+        32: {
+            64: {"BV": 32, "num_warps": 8, "num_stages": 1},
+            128: {"BV": 32, "num_warps": 8, "num_stages": 1},
+            256: {"BV": 32, "num_warps": 8, "num_stages": 1},
+        },
+    },
+    "scan": {
+        16: {
+            64: {"BV": 32, "num_warps": 4, "num_stages": 3},
+            128: {"BV": 32, "num_warps": 4, "num_stages": 2},
+            256: {"BV": 32, "num_warps": 8, "num_stages": 2},
+        },
+        32: {
+            64: {"BV": 16, "num_warps": 4, "num_stages": 2},
+            128: {"BV": 16, "num_warps": 4, "num_stages": 2},
+            256: {"BV": 16, "num_warps": 8, "num_stages": 2},
+        },
+    },
+    "scan_back": {
+        16: {
+            64: {"BV": 32, "num_warps": 4, "num_stages": 3},
+            128: {"BV": 32, "num_warps": 4, "num_stages": 2},
+            256: {"BV": 32, "num_warps": 8, "num_stages": 2},
+        },
+        32: {
+            64: {"BV": 16, "num_warps": 4, "num_stages": 2},
+            128: {"BV": 16, "num_warps": 4, "num_stages": 2},
+            256: {"BV": 16, "num_warps": 8, "num_stages": 2},
+        },
+    },
+    "gradients": {
+        16: {
+            64: {"BV": 64, "num_warps": 8, "num_stages": 1},
+            128: {"BV": 64, "num_warps": 8, "num_stages": 1},
+            256: {"BV": 64, "num_warps": 8, "num_stages": 1},
+        },
+        32: {
+            64: {"BV": 32, "num_warps": 8, "num_stages": 1},
+            128: {"BV": 32, "num_warps": 8, "num_stages": 1},
+            256: {"BV": 32, "num_warps": 8, "num_stages": 1},
+        },
+    },
+}
+MAX_CHUNK = {16: {64: 64, 128: 64, 256: 32}, 32: {64: 32, 128: 32, 256: 16}}  # rows a chunk may have, as CONFIGS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and options of one call, all known without looking at the device."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    N: int
+    NC: int
+    per_row: int
+    BT: int
+    BK: int
+    VP: int
+    bits: int
+    gate: int
+    bounded: bool
+    norm: bool
+    sigmoid: bool
+    varlen: bool
+    scale: float
+    lower: float
+
+    @property
+    def kind(self) -> torch.dtype:
+        """Type of the tiles in memory and of tensor core operands."""
+        return torch.bfloat16 if self.bits == 16 else torch.float32
+
+    @property
+    def sub(self) -> int:
+        return 16 if self.bounded else 1
+
+    @property
+    def levels(self) -> int:
+        return (self.BT // self.sub).bit_length() - 1
+
+    def config(self, kernel: str) -> dict[str, int]:
+        chosen = dict(CONFIGS[kernel][self.bits][max(64, self.BK)])
+        chosen["BV"] = min(chosen["BV"], self.VP)
+        return chosen
+
+    def shapes(self) -> dict[str, Any]:
+        """Compile-time arguments that all kernels share."""
+        return {
+            "K": self.K,
+            "V": self.V,
+            "BT": self.BT,
+            "BK": self.BK,
+            "VP": self.VP,
+            "VARLEN": self.varlen,
+            "PRECISION": "tf32" if self.bits == 16 else "tf32x3",
+        }
+
+
+@dataclass
+class Chunks:
+    """Workspace of `inside`, per chunk and head; see chunk_forward for the letters."""
+
+    w: Tensor
+    kg: Tensor
+    qg: Tensor
+    P: Tensor
+    fade: Tensor
+    X: Tensor | None
+    u: Tensor
+
+
+def make_plan(
+    q: Tensor,
+    v: Tensor,
+    *,
+    gate: str,
+    bounded: bool,
+    norm: bool,
+    sigmoid: bool,
+    scale: float,
+    lower: float,
+    chunk: int,
+    sequences: int | None,
+) -> Plan:
+    """`sequences` counts those packed in one row, None for a dense batch; `chunk` 0 picks by length."""
+    B, T, HV, V = v.shape
+    H, K = q.shape[-2:]
+    BK = padded(K)
+    bits = 32 if v.dtype == torch.float32 else 16
+    if chunk == 0:
+        chunk = min(64 if T > 32 else 32 if T > 16 else 16, MAX_CHUNK[bits][max(64, BK)])
+    per_row = -(-T // chunk)
+    return Plan(
+        B=B,
+        T=T,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        N=B if sequences is None else sequences,
+        NC=B * per_row if sequences is None else T // chunk + min(sequences, T),
+        per_row=per_row,
+        BT=chunk,
+        BK=BK,
+        VP=padded(V),
+        bits=bits,
+        gate=GATE_CODES[gate],
+        bounded=bounded,
+        norm=norm,
+        sigmoid=sigmoid,
+        varlen=sequences is not None,
+        scale=scale,
+        lower=lower,
+    )
+
+
+def padded(channels: int) -> int:
+    """Power of two that a tile of so many channels takes; tensor cores want 16 at least."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def on_device(x: Tensor) -> Any:
+    """Context in which Triton launches on the device of `x`."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def rows_of(x: Tensor, heads: int) -> Tensor:
+    """`x` [B, T, (heads, D)] itself where the channels of a row lie together, else a copy."""
+    if x.stride(-1) != 1 or (heads > 1 and x.dim() == 4 and x.stride(2) != x.shape[3]):
+        return x.contiguous()
+    return x
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(s for x in tensors for s in x.stride()[:2])
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    kernel[grid](*args, **options)
+
+
+def run_inside(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    places: tuple[Tensor | None, ...],
+    keep_X: bool,
+) -> Chunks:
+    """Everything inside the chunks; `places` is (cu_seqlens, lengths, offsets, owner)."""
+    v = inputs[2]
+    make = functools.partial(torch.empty, device=v.device, dtype=plan.kind)
+    lead = (plan.NC, plan.HV)
+    out = Chunks(
+        w=make(*lead, plan.BT, plan.BK),
+        kg=make(*lead, plan.BT, plan.BK),
+        qg=make(*lead, plan.BT, plan.BK),
+        P=make(*lead, plan.BT, plan.BT),
+        fade=torch.empty(*lead, plan.BK, device=v.device),
+        X=make(*lead, plan.BT, plan.BT) if keep_X else None,
+        u=make(*lead, plan.BT, plan.VP),
+    )
+    _launch(
+        inside_kernel, (plan.NC, plan.HV),
+        *inputs, A_log, dt_bias, *places,
+        out.w, out.u, out.kg, out.qg, out.P, out.X, out.fade,
+        *strides(*inputs), plan.scale, plan.lower, plan.T, plan.per_row, plan.HV,
+        H=plan.H, LEVELS=plan.levels, SUB=plan.sub, LOG_BT=plan.BT.bit_length() - 1,
+        GATE=plan.gate, NORM=plan.norm, SIGMOID=plan.sigmoid, **plan.shapes(), **plan.config("inside"),
+    )  # fmt: skip
+    return out
+
+
+def run_scan(
+    plan: Plan,
+    chunks: Chunks,
+    initial: Tensor | None,
+    places: tuple[Tensor | None, ...],
+    *,
+    out: Tensor | None,
+    final: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills `out` and `final` where given; returns the states and deltas of all chunks if they are to be kept."""
+    states = deltas = None
+    if keep_states:
+        states = torch.empty(plan.NC, plan.HV, plan.BK, plan.VP, device=chunks.w.device, dtype=plan.kind)
+        deltas = torch.empty(plan.NC, plan.HV, plan.BT, plan.VP, device=chunks.w.device, dtype=plan.kind)
+    config = plan.config("scan")
+    stages = config.pop("num_stages")
+    _launch(
+        scan_kernel, (plan.VP // config["BV"], plan.HV, plan.N),
+        chunks.w, chunks.u, chunks.kg, chunks.qg, chunks.P, chunks.fade, initial, places[0], places[2],
+        out, final, states, deltas, plan.T, plan.per_row, plan.HV,
+        STAGES=stages, **plan.shapes(), **config,
+    )  # fmt: skip
+    return states, deltas
+
+
+def run_scan_back(
+    plan: Plan,
+    chunks: Chunks,
+    d_out: Tensor,
+    d_final: Tensor | None,
+    d_initial: Tensor | None,
+    places: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the state after each chunk [NC, HV, BK, VP] and of its deltas [NC, HV, BT, VP]."""
+    d_states = torch.empty(plan.NC, plan.HV, plan.BK, plan.VP, device=d_out.device, dtype=plan.kind)
+    d_deltas = torch.empty(plan.NC, plan.HV, plan.BT, plan.VP, device=d_out.device, dtype=plan.kind)
+    config = plan.config("scan_back")
+    stages = config.pop("num_stages")
+    _launch(
+        scan_back_kernel, (plan.VP // config["BV"], plan.HV, plan.N),
+        chunks.w, chunks.kg, chunks.qg, chunks.P, chunks.fade, d_out, d_final, *places[:3],
+        d_states, d_deltas, d_initial, plan.T, plan.per_row, plan.HV,
+        STAGES=stages, **plan.shapes(), **config,
+    )  # fmt: skip
+    return d_states, d_deltas
+
+
+def run_gradients(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    places: tuple[Tensor | None, ...],
+    X: Tensor,
+    states: tuple[Tensor, Tensor, Tensor, Tensor],
+    d_out: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dg, dbeta, dA_log, d dt_bias); `states` is (states, deltas, d_states, d_deltas)."""
+    q, k, v, g, beta = inputs
+    B, T, HV, K = g.shape
+    grouped = HV != plan.H
+    make = functools.partial(torch.empty, device=v.device)
+    dq = make(B, T, HV, K, dtype=torch.float32 if grouped else q.dtype)
+    dk = make(B, T, HV, K, dtype=torch.float32 if grouped else k.dtype)
+    dv, dg, dbeta = make(v.shape, dtype=v.dtype), make(g.shape, dtype=g.dtype), make(beta.shape, dtype=beta.dtype)
+    parts = torch.zeros if plan.varlen else torch.empty  # spare chunks write nothing
+    dA = None if A_log is None else parts(plan.NC, HV, device=v.device)
+    dbias = None if dt_bias is None else parts(plan.NC, HV, K, device=v.device)
+    _launch(
+        gradients_kernel, (plan.NC, plan.HV),
+        *inputs, A_log, dt_bias, *places,
+        X, *states, d_out, dq, dk, dv, dg, dbeta, dA, dbias,
+        *strides(*inputs), plan.scale, plan.lower, plan.T, plan.per_row, plan.HV,
+        H=plan.H, LEVELS=plan.levels, SUB=plan.sub, GATE=plan.gate, NORM=plan.norm, SIGMOID=plan.sigmoid,
+        **plan.shapes(), **plan.config("gradients"),
+    )  # fmt: skip
+    if grouped:
+        dq = dq.view(B, T, plan.H, -1, K).sum(3).to(q.dtype)
+        dk = dk.view(B, T, plan.H, -1, K).sum(3).to(k.dtype)
+    dA_log = None if dA is None or A_log is None else dA.sum(0).to(A_log.dtype).view(A_log.shape)
+    d_dt_bias = None if dbias is None or dt_bias is None else dbias.sum(0).to(dt_bias.dtype).view(dt_bias.shape)
+    return dq, dk, dv, dg, dbeta, dA_log, d_dt_bias

@@ -1,0 +1,187 @@
+"""What the chunk kernels of KDA share: where a chunk lies, its gate, its decay factors, its triangular inverse.
+
+A chunk is BT rows of one sequence and one value head. All of it stays in two-dimensional register tiles of BT rows,
+which is what the tensor cores of a Hopper chip want, so anything about smaller blocks is said with masks:
+
+    span s     pairs (row i, column j) with i in the upper and j in the lower half of the same aligned block of s rows
+    spans      BT, BT/2, .. 2 and the diagonal cover the lower triangle without overlap
+    factor     exp(-|G_i - G_anchor|), anchor the last row of the lower half: every exponent is at or below zero
+
+The factor of a span serves upper rows and lower columns alike, so a span costs one exponential per element and one
+product per score matrix. A bounded gate stops at blocks of 16 rows, whose diagonal takes an anchor in the middle
+(at most exp(40) on either side); an unbounded gate goes down to pairs of rows. Decays are kept in base 2.
+
+Shapes:  BT chunk rows,  BK, BV padded key and value channels (powers of two),  G running log2-decay of the chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+L2_EPS = tl.constexpr(1e-6)
+GIVEN = tl.constexpr(0)
+BOUNDED = tl.constexpr(1)
+SOFTPLUS = tl.constexpr(2)
+GATE_CODES = {"given": 0, "bounded": 1, "softplus": 2}
+
+
+@triton.jit
+def place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT: tl.constexpr, VARLEN: tl.constexpr) -> Any:
+    """Returns batch row, first row, end of the valid rows, end of the rows to write; first is -1 for a spare chunk."""
+    if VARLEN:
+        n = tl.load(owner + chunk)
+        known = tl.maximum(n, 0)
+        begin = tl.load(cu_seqlens + known).to(tl.int32)
+        end = tl.load(cu_seqlens + known + 1).to(tl.int32)
+        first = begin + (chunk - tl.load(offsets + known)) * BT
+        return n * 0, tl.where(n < 0, -1, first), end, end
+    else:
+        b = chunk // per_row
+        end = T
+        if lengths is not None:
+            end = tl.minimum(tl.load(lengths + b).to(tl.int32), T)
+        return b, (chunk % per_row) * BT, end, T
+
+
+@triton.jit
+def load_rows(base, stride, left, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """[BT, BD] tile from `base`; rows from `left` on and columns from D on read as zero."""
+    row = tl.arange(0, BT)[:, None]
+    col = tl.arange(0, BD)[None, :]
+    if D >= BD:
+        mask = row < left
+    else:
+        mask = (row < left) & (col < D)
+    return tl.load(base + row * stride + col, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, stride, left, tile, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    row = tl.arange(0, BT)[:, None]
+    col = tl.arange(0, BD)[None, :]
+    if D >= BD:
+        mask = row < left
+    else:
+        mask = (row < left) & (col < D)
+    tl.store(base + row * stride + col, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def square(base, R: tl.constexpr, S: tl.constexpr):
+    """Pointers of a dense [R, S] tile."""
+    return base + tl.arange(0, R)[:, None] * S + tl.arange(0, S)[None, :]
+
+
+@triton.jit
+def unit_rows(x, NORM: tl.constexpr):
+    """1 / |x| per row, or ones."""
+    if NORM:
+        return tl.rsqrt(tl.sum(x * x, 1) + L2_EPS)
+    else:
+        return tl.sum(x, 1) * 0.0 + 1.0
+
+
+@triton.jit
+def gate_logits(raw, dt_bias, hv, K: tl.constexpr, BK: tl.constexpr):
+    z = raw.to(tl.float32)
+    if dt_bias is not None:
+        col = tl.arange(0, BK)
+        z += tl.load(dt_bias + hv * K + col, mask=col < K, other=0.0).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def gate_rate(A_log, hv):
+    if A_log is not None:
+        return tl.exp(tl.load(A_log + hv).to(tl.float32))
+    else:
+        return 1.0
+
+
+@triton.jit
+def log_decay(z, rate, lower, GATE: tl.constexpr):
+    """Natural log-decay of logits: itself, lower * sigmoid(rate z), or -rate * softplus(z)."""
+    if GATE == BOUNDED:
+        return lower * tl.sigmoid(z * rate)
+    elif GATE == SOFTPLUS:
+        return -rate * (tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z))))
+    else:
+        return z
+
+
+@triton.jit
+def running_decay(
+    g, stride, left, A_log, dt_bias, hv, lower, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr
+):
+    """G [BT, BK], inclusive sum of the log2-decay; rows past the end do not decay."""
+    z = gate_logits(load_rows(g, stride, left, K, BT, BK), dt_bias, hv, K, BK)
+    decay = log_decay(z, gate_rate(A_log, hv), lower * LOG2E, GATE)
+    if GATE != BOUNDED:
+        decay *= LOG2E
+    row = tl.arange(0, BT)[:, None]
+    col = tl.arange(0, BK)[None, :]
+    return tl.cumsum(tl.where((row < left) & (col < K), decay, 0.0), 0)
+
+
+@triton.jit
+def last_row(G, BT: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, BT)[:, None] == BT - 1, G, 0.0), 0)
+
+
+@triton.jit
+def load_beta(beta, stride, left, BT: tl.constexpr, SIGMOID: tl.constexpr):
+    row = tl.arange(0, BT)
+    b = tl.load(beta + row * stride, mask=row < left, other=0.0).to(tl.float32)
+    if SIGMOID:
+        b = tl.where(row < left, tl.sigmoid(b), 0.0)
+    return b
+
+
+@triton.jit
+def anchored(G, SPAN: tl.constexpr, PICK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """G minus its value at row PICK of each aligned block of SPAN rows; [BT / SPAN, SPAN, BK]."""
+    blocks = tl.reshape(G, (BT // SPAN, SPAN, BK))
+    row = tl.arange(0, SPAN)[None, :, None]
+    return blocks - tl.sum(tl.where(row == PICK, blocks, 0.0), 1)[:, None, :]
+
+
+@triton.jit
+def span_factor(G, SPAN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    away = anchored(G, SPAN, SPAN // 2 - 1, BT, BK)
+    lower_half = tl.arange(0, SPAN)[None, :, None] < SPAN // 2
+    return tl.reshape(tl.exp2(tl.where(lower_half, -away, away)), (BT, BK))
+
+
+@triton.jit
+def span_mask(SPAN: tl.constexpr, BT: tl.constexpr):
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    return (i // SPAN == j // SPAN) & (i % SPAN >= SPAN // 2) & (j % SPAN < SPAN // 2)
+
+
+@triton.jit
+def diagonal_mask(SUB: tl.constexpr, BT: tl.constexpr):
+    """Pairs i >= j inside the same aligned block of SUB rows."""
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    return (i // SUB == j // SUB) & (i >= j)
+
+
+@triton.jit
+def unit_lower_inverse(L, BT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)^-1 for strictly lower L [BT, BT], BT = 2^LEVELS.
+
+    Neighbouring inverted blocks A, B are joined by the corner -B L_21 A, from single rows up to the whole. Every
+    factor is an inverse with small entries, so equal consecutive keys cost no digits, as powers of L would.
+    """
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    X = tl.where(i == j, 1.0, 0.0) - tl.where(span_mask(2, BT), L, 0.0)
+    for level in tl.static_range(2, LEVELS + 1):
+        corner = tl.where(span_mask(2**level, BT), L, 0.0)
+        X -= tl.dot(X, tl.dot(corner, X, input_precision=PRECISION), input_precision=PRECISION)
+    return X
