@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kimi_mm.text.cache import BackboneCache
 
@@ -109,3 +109,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
         return torch.cat(parts, 2).transpose(1, 2)
     causal = step.mask is None and S == T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+class PeakLogits(nn.Module):
+    """The largest attention logit of every head since `peak` was last cleared, for QK-clip (Kimi K2, section 2.1).
+
+    Args:
+        num_heads: query heads H.
+    """
+
+    ROWS = 1024  # queries scored at once
+    peak: Tensor
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.enabled = False
+        self.register_buffer("peak", torch.zeros(num_heads), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, step: Step, scale: float) -> None:
+        """Notes the maxima of scale * q k^T over visible pairs; q [B, T, H, D], k [B, S, G, D], as for `attend`."""
+        if not (self.enabled and self.training):
+            return
+        T, H = q.shape[1:3]
+        S, G = k.shape[1:3]
+        keys = k.transpose(1, 2)[:, :, None]  # [B, G, 1, S, D]
+        positions = torch.arange(S, device=q.device)
+        mask = step.mask
+        if step.bounds is not None:
+            edges = torch.tensor(step.bounds[1:], device=q.device)
+            document = torch.bucketize(positions, edges, right=True)
+            mask = (document[:, None] == document) & (positions[:, None] >= positions)
+            mask = mask[None, None]
+        for start in range(0, T, self.ROWS):
+            rows = slice(start, min(T, start + self.ROWS))
+            queries = q[:, rows].transpose(1, 2).unflatten(1, (G, H // G))  # [B, G, H / G, t, D]
+            scores = (queries @ keys.mT).flatten(1, 2).float() * scale  # [B, H, t, S]
+            if mask is None:
+                seen = positions[rows][:, None] >= positions
+            else:
+                seen = mask[:, :, rows] if mask.shape[-2] == T else mask
+            if step.valid is not None:
+                seen = seen & step.valid[:, None, rows, None]
+            peaks = scores.masked_fill(~seen, float("-inf")).amax((0, 2, 3))
+            self.peak.copy_(torch.maximum(self.peak, peaks))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_mm.config import GQAConfig
-from kimi_mm.text.attention import Step, attend
+from kimi_mm.text.attention import PeakLogits, Step, attend
 from kimi_mm.text.cache import SequenceState
 from kimi_mm.text.rope import RotaryEmbedding
 
@@ -30,6 +30,7 @@ class GQA(nn.Module):
         self.v_proj = nn.Linear(hidden_size, G * E, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * E, hidden_size, bias=False)
         self.rope = RotaryEmbedding(config.rope, E)
+        self.qk_max = PeakLogits(H)
         self.scale = E**-0.5 * self.rope.softmax_factor
 
     def new_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> SequenceState:
@@ -52,4 +53,5 @@ class GQA(nn.Module):
             rows = state.append(torch.cat([k, v], -1), step.write, step.start)
             if step.start:
                 k, v = rows.to(x.dtype).chunk(2, -1)
+        self.qk_max(q, k, step, self.scale)
         return self.o_proj(attend(q, k, v, step, self.scale).flatten(2))

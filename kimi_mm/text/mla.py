@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_mm.config import MLAConfig
-from kimi_mm.text.attention import Step, attend
+from kimi_mm.text.attention import PeakLogits, Step, attend
 from kimi_mm.text.cache import SequenceState
 from kimi_mm.text.norm import RMSNorm
 from kimi_mm.text.rope import RotaryEmbedding
@@ -41,6 +41,7 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (N + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(H * config.v_head_dim, hidden_size, bias=False)
         self.rope = None if config.rope is None else RotaryEmbedding(config.rope, R)
+        self.qk_max = PeakLogits(H)
         self.scale = (N + R) ** -0.5 * (1.0 if self.rope is None else self.rope.softmax_factor)
 
     def new_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> SequenceState:
@@ -76,7 +77,9 @@ class MLA(nn.Module):
         kv = self.kv_b_proj(row[..., :L]).view(B, S, config.num_heads, N + config.v_head_dim)
         k_nope, v = kv.split([N, config.v_head_dim], -1)
         k = torch.cat([k_nope, row[:, :, None, L:].expand(-1, -1, config.num_heads, -1)], -1)
-        out = attend(torch.cat([q_nope, q_pe], -1), k, v, step, self.scale)
+        q = torch.cat([q_nope, q_pe], -1)
+        self.qk_max(q, k, step, self.scale)
+        out = attend(q, k, v, step, self.scale)
         return self.o_proj(out.flatten(2))
 
     def _one_token(self, q_nope: Tensor, q_pe: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
