@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from kimi_mm.errors import ImageError
@@ -59,7 +60,7 @@ def read_image(source: ImageSource, *, alpha: str = "white", max_pixels: int = M
     if isinstance(source, Image.Image):
         check_size("the picture", source.size, max_pixels)
         return Picture(_finish(source, "the picture", alpha), "the picture")
-    if isinstance(source, np.ndarray) or hasattr(source, "detach"):
+    if isinstance(source, (np.ndarray, torch.Tensor)):
         return Picture(to_rgb(_from_array(source, max_pixels), alpha), "the picture")
     opened = open_source(source)
     refuse_other_kinds(opened.name, opened.head())
@@ -68,11 +69,19 @@ def read_image(source: ImageSource, *, alpha: str = "white", max_pixels: int = M
         warnings.simplefilter("ignore")
         image = open_image(opened.name, file, max_pixels)
         upright = _finish(image, opened.name, alpha)
-    notes = ()
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        what, part = ("has several pages", "page") if image.format == "TIFF" else ("is animated", "frame")
-        notes = (f"{opened.name}: {what}; only the first {part} is looked at.",)
-    return Picture(upright, opened.name, notes)
+        return Picture(upright, opened.name, _left_out(image, opened.name))
+
+
+def _left_out(image: Image.Image, name: str) -> tuple[str, ...]:
+    """Says that there are more frames or pages; a phone's JPEG with a preview behind it (MPO) is one picture."""
+    try:
+        several = getattr(image, "is_animated", False) and image.format != "MPO"
+    except Exception:  # what follows the first frame is damaged, and not needed
+        several = True
+    if not several:
+        return ()
+    what, part = ("has several pages", "page") if image.format == "TIFF" else ("is animated", "frame")
+    return (f"{name}: {what}; only the first {part} is looked at.",)
 
 
 def _finish(image: Image.Image, name: str, alpha: str) -> Image.Image:
@@ -138,7 +147,7 @@ def _to_8_bits(samples: np.ndarray) -> np.ndarray:
 
 
 def _from_array(source: Any, max_pixels: int) -> Image.Image:
-    array = source.detach().cpu().numpy() if hasattr(source, "detach") else source
+    array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = np.moveaxis(array, 0, 2)
     if array.ndim == 3 and array.shape[2] == 1:

@@ -147,7 +147,7 @@ class VisionProcessor:
         """Reads a picture, or a clip where the file is a video or `source` a `Clip`; see `picture` and `clip`."""
         if isinstance(source, Clip):
             return self.clip(source)
-        if isinstance(source, (Picture, Image.Image, np.ndarray)) or hasattr(source, "detach"):
+        if isinstance(source, (Picture, Image.Image, np.ndarray, torch.Tensor)):
             return [self.picture(source)]
         opened = open_source(source)
         return self.clip(opened) if is_video(opened.head()) else [self.picture(opened)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from kimi_mm.errors import ImageError
@@ -54,7 +55,7 @@ def read_clip(source: Any, fps: float | None, max_pixels: int) -> Clip:
         raise ImageError(f"fps={fps} must be above 0.")
     if isinstance(source, Clip):
         clip = source
-    elif isinstance(source, (list, tuple, np.ndarray)) or hasattr(source, "detach"):
+    elif isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
         clip = _from_frames(source, max_pixels)
     else:
         opened = open_source(source)
@@ -63,7 +64,7 @@ def read_clip(source: Any, fps: float | None, max_pixels: int) -> Clip:
 
 
 def _from_frames(source: Any, max_pixels: int) -> Clip:
-    array = source.detach().cpu().numpy() if hasattr(source, "detach") else source
+    array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
     if isinstance(array, np.ndarray) and (array.ndim != 4 or array.shape[3] not in (1, 3, 4)):
         raise ImageError(f"the clip has shape {list(array.shape)}; expected [T, H, W, C] with C 1, 3 or 4.")
     if not len(array):
@@ -83,6 +84,8 @@ def _from_animation(source: Source, max_pixels: int) -> Clip:
         count = _quietly(source, lambda: getattr(image, "n_frames", 1))
         for number in range(count):
             _quietly(source, lambda number=number: image.seek(number))
+            if image.format == "WEBP":
+                _quietly(source, image.load)  # only then Pillow knows the duration
             milliseconds += float(image.info.get("duration") or 100.0)  # as browsers do with frames without duration
 
     def frames(indices: Sequence[int]) -> Iterator[Image.Image]:
