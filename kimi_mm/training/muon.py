@@ -1,4 +1,4 @@
-"""MuonClip without its clip: Muon for matrices, AdamW for everything else, in one optimiser.
+"""The optimiser of MuonClip: Muon for matrices, AdamW for everything else.
 
     matrix  G ─► M = mu M + G ─► G + mu M ─► Newton-Schulz ─► W -= lr (0.2 sqrt(max(m, n)) O + wd W)
     other   AdamW
@@ -47,30 +47,16 @@ def orthogonalize(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     return (y.mT if tall else y).to(x.dtype)
 
 
-def muon_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Splits trainable parameters for `Muon`: hidden matrices, and the rest for AdamW (vectors without decay)."""
-    split: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            matrix = parameter.dim() in (2, 3) and not any(part in name for part in ADAMW_NAMES)
-            split[matrix, parameter.dim() < 2].append(parameter)
-    return [
-        {
-            "params": parameters,
-            "muon": matrix,
-            "lr": lr,
-            "peak_lr": lr,
-            "weight_decay": 0.0 if vector else weight_decay,
-        }
-        for (matrix, vector), parameters in split.items()
-    ]
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """True for what Muon should update: maps between hidden spaces, stacked experts included."""
+    return parameter.dim() in (2, 3) and not any(part in name for part in ADAMW_NAMES)
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for groups with `muon` True, AdamW for the others; fp32 momenta.
 
     Args:
-        groups: parameter groups, for instance from `muon_groups`.
+        groups: parameter groups; `is_hidden_matrix` says which parameters suit Muon.
         lr, weight_decay: of groups that name none.
         momentum: mu of Muon.
         betas, eps: of AdamW.

@@ -20,8 +20,17 @@ STAGES = ("tokenizer", "text", "asr")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Config):
-    """AdamW with warm-up, a flat part and a decay ("wsd"), or warm-up and a cosine."""
+    """Optimiser, and a schedule of warm-up, a flat part and a decay ("wsd"), or warm-up and a cosine.
 
+    Args:
+        optimizer: "adamw", or "muonclip": Muon for matrices, AdamW for the rest, QK-clip after each step.
+        qk_clip: threshold of the attention logits under muonclip.
+        momentum: of Muon.
+    """
+
+    optimizer: str = "adamw"
+    momentum: float = 0.95
+    qk_clip: float = 100.0
     lr: float = 1e-3
     encoder_lr_scale: float = 1.0  # multiplies the rate of the pretrained audio encoder
     betas: tuple[float, ...] = (0.9, 0.98)
@@ -35,6 +44,10 @@ class OptimConfig(Config):
     def __post_init__(self) -> None:
         if self.schedule not in ("wsd", "cosine"):
             raise ConfigError(f"schedule='{self.schedule}' must be wsd or cosine.")
+        if self.optimizer not in ("adamw", "muonclip"):
+            raise ConfigError(f"optimizer='{self.optimizer}' must be adamw or muonclip.")
+        if self.qk_clip <= 0:
+            raise ConfigError(f"qk_clip={self.qk_clip} must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)

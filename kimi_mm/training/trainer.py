@@ -1,6 +1,6 @@
 """The training loop: accelerate for devices and precision, exact resume, TensorBoard, a progress bar.
 
-loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► AdamW ─► schedule ─► (expert bias) ─► log / save
+loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► optimiser ─► (expert bias, QK-clip) ─► log / save
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import nn
 
 from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextBatch, TextLoader
 from kimi_mm.text.backbone import Backbone
+from kimi_mm.training import qk_clip
+from kimi_mm.training.muon import Muon, is_hidden_matrix
 from kimi_mm.training.recipe import OptimConfig, Recipe
 from kimi_mm.training.schedule import lr_factor
 from kimi_mm.training.state import list_states, load_state, save_state
@@ -30,21 +32,35 @@ log = logging.getLogger(__name__)
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Splits trainable parameters: decay for matrices, none for vectors and decays, a scaled rate for the encoder."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Splits trainable parameters: decay for matrices, none for vectors and decays, a scaled rate for the encoder.
+
+    Groups carry `muon` True for the matrices that muonclip orthogonalises.
+    """
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             plain = parameter.dim() < 2 or any(part in name for part in ("A_log", "dt_bias", "query", "embed"))
-            groups.setdefault((plain, ".encoder." in name), []).append(parameter)
+            muon = config.optimizer == "muonclip" and not plain and is_hidden_matrix(name, parameter)
+            groups.setdefault((plain, ".encoder." in name, muon), []).append(parameter)
     return [
         {
             "params": parameters,
+            "muon": muon,
             "weight_decay": 0.0 if plain else config.weight_decay,
             "lr": config.lr * (config.encoder_lr_scale if encoder else 1.0),
             "peak_lr": config.lr * (config.encoder_lr_scale if encoder else 1.0),
         }
-        for (plain, encoder), parameters in groups.items()
+        for (plain, encoder, muon), parameters in groups.items()
     ]
+
+
+def make_optimizer(module: nn.Module, config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
+    """Builds the recipe's optimiser; muonclip also makes the attention layers note their largest logits."""
+    groups, betas = parameter_groups(module, config), (config.betas[0], config.betas[1])
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    qk_clip.track(module)
+    return Muon(groups, momentum=config.momentum, betas=betas)
 
 
 class Trainer:
@@ -63,11 +79,7 @@ class Trainer:
         self.recipe, self.run = recipe, run
         self.accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
         set_seed(recipe.seed)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(objective, recipe.optim),
-            betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
-            fused=self.accelerator.device.type == "cuda",
-        )
+        optimizer = make_optimizer(objective, recipe.optim, fused=self.accelerator.device.type == "cuda")
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.loaders = {"speech": speech, "text": text}
         self.step = 0
@@ -135,10 +147,13 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), recipe.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        backbone = getattr(self.accelerator.unwrap_model(self.objective), "backbone", None)
+        numbers = {name: value.detach() for name, value in losses.items()}
+        objective = self.accelerator.unwrap_model(self.objective)
+        backbone = getattr(objective, "backbone", None)
         if isinstance(backbone, Backbone):
             backbone.update_expert_bias()
-        numbers = {name: value.detach() for name, value in losses.items()}
+        if recipe.optim.optimizer == "muonclip":
+            numbers["qk_max"] = qk_clip.apply(objective, recipe.optim.qk_clip)
         if norm is not None:
             numbers["grad_norm"] = torch.as_tensor(norm).detach()
         return numbers

@@ -7,7 +7,9 @@ from torch import nn
 from kimi_mm.config import BackboneConfig, GQAConfig, KDAConfig, MLAConfig, RopeConfig
 from kimi_mm.text.backbone import Backbone
 from kimi_mm.training import qk_clip
-from kimi_mm.training.muon import Muon, muon_groups, orthogonalize
+from kimi_mm.training.muon import Muon, orthogonalize
+from kimi_mm.training.recipe import OptimConfig
+from kimi_mm.training.trainer import make_optimizer, parameter_groups
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (3, 48, 24)])
@@ -150,10 +152,11 @@ def test_peaks_are_the_largest_visible_logits():
 
 def test_a_small_model_learns_with_it():
     model = _backbone(None)
-    groups = muon_groups(model, lr=0.01, weight_decay=0.1)
+    config = OptimConfig(optimizer="muonclip", lr=0.01)
+    groups = parameter_groups(model, config)
     assert {group["muon"] for group in groups} == {True, False}
     assert all(p.dim() >= 2 for group in groups if group["muon"] for p in group["params"])
-    optimizer = Muon(groups)
+    optimizer = make_optimizer(model, config, fused=False)
     ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(3))
     losses = []
     for _ in range(12):

@@ -25,12 +25,16 @@ def test_recipe_runs_at_debug_size(recipe, tmp_path):
     assert list(tmp_path.glob("tensorboard/events*"))
 
 
-@pytest.mark.parametrize("recipe", ["asr/nano", "tokenizer/nano"])
-def test_resumed_run_equals_uninterrupted_run(recipe, tmp_path):
-    whole = train(recipe, debug=True, output=tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("recipe", "optimizer"), [("asr/nano", "adamw"), ("tokenizer/nano", "adamw"), ("text/nano", "muonclip")]
+)
+def test_resumed_run_equals_uninterrupted_run(recipe, optimizer, tmp_path):
+    chosen = [f"optim.optimizer={optimizer}"]
+    whole = train(recipe, debug=True, output=tmp_path / "whole", overrides=chosen)
     # Stops after step 2 as a killed run would, with the schedule of the full run.
-    train(recipe, debug=True, output=tmp_path / "cut", overrides=["stop_after=2"])
-    resumed = train(recipe, debug=True, output=tmp_path / "cut")
+    train(recipe, debug=True, output=tmp_path / "cut", overrides=[*chosen, "stop_after=2"])
+    resumed = train(recipe, debug=True, output=tmp_path / "cut", overrides=chosen)
+    assert ("qk_max" in whole) == (optimizer == "muonclip")
     whole.pop("seconds_per_step"), resumed.pop("seconds_per_step")
     assert resumed == whole
     last = "step-0000004/model.safetensors"
