@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kimi_mm.audio.detokenizer import Detokenizer
 from kimi_mm.audio.tokenizer import AudioTokenizer
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import UserError
@@ -37,7 +38,7 @@ class ModelOutput:
 
 
 class Model(nn.Module):
-    """Audio tokenizer, eyes and backbone behind one forward; `vision` is None in a model without eyes.
+    """Audio tokenizer, eyes and backbone behind one forward; `vision` and `detokenizer` (voice) may be None.
 
     Args:
         config: sizes of all parts; `config.backbone.vocab_size` covers text, special ids and audio codes.
@@ -49,6 +50,7 @@ class Model(nn.Module):
         self.audio = AudioTokenizer(config.audio)
         self.backbone = Backbone(config.backbone)
         self.vision = None if config.vision is None else VisionEncoder(config.vision)
+        self.detokenizer = None if config.detokenizer is None else Detokenizer(config.detokenizer)
 
     def forward(self, inputs: ModelInputs, cache: BackboneCache | None = None) -> ModelOutput:
         """Runs the backbone over a batch whose codes and features are already in place.

@@ -133,7 +133,7 @@ def kaiser_sinc_filter(taps: int = FILTER_TAPS, cutoff: float = 0.25, half_width
         beta = 0.5842 * (attenuation - 21.0) ** 0.4 + 0.07886 * (attenuation - 21.0)
     else:
         beta = 0.0
-    window = torch.kaiser_window(taps, periodic=False, beta=beta)
-    time = torch.arange(taps) - (taps - 1) / 2
+    window = torch.kaiser_window(taps, periodic=False, beta=beta, device="cpu")
+    time = torch.arange(taps, device="cpu") - (taps - 1) / 2
     sinc = 2 * cutoff * window * torch.sinc(2 * cutoff * time)
     return (sinc / sinc.sum())[None, None]

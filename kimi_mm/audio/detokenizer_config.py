@@ -43,9 +43,10 @@ class DiTConfig(Config):
     """Diffusion transformer over mel frames, modulated per frame by time and code.
 
     `modulation_rank` squeezes the modulation of every layer through that many channels (None: full rank, as
-    published). `frame_phase` adds an embedding of the frame's place within its code. `integer_time` rounds the
-    thousandths of flow time down, as the published weights expect. `context_frames` is the length of the past that
-    attention may see, the speaker prompt included.
+    published). `frame_phase` adds an embedding of the frame's place within its code, `condition_input` adds the
+    condition to the first layer's input, too. `integer_time` rounds the thousandths of flow time down, as the
+    published weights expect. `context_frames` is the length of the past that attention may see, speaker prompt
+    included.
     """
 
     hidden_size: int = 2304
@@ -56,6 +57,7 @@ class DiTConfig(Config):
     time_size: int = 256
     modulation_rank: int | None = None
     frame_phase: bool = False
+    condition_input: bool = False
     integer_time: bool = True
     rope_theta: float = 10_000.0
     context_frames: int = 900

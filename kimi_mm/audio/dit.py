@@ -200,6 +200,8 @@ class DiT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         c = F.silu(self.time_mlp(self._sinusoids(time).to(cond.dtype)) + cond)
         h = self.input(x.to(self.input.weight.dtype))
+        if self.config.condition_input:
+            h = h + cond
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
             h, k, v = block(h, c, self.rope, context, layer)

@@ -30,6 +30,8 @@ class DiTCache:
     @classmethod
     def stack(cls, caches: list[DiTCache]) -> DiTCache:
         """Puts streams side by side, padding shorter ones on the left."""
+        if len(caches) == 1:
+            return caches[0]
         width = max(cache.keys.shape[3] for cache in caches)
 
         def joined(tensors: list[torch.Tensor]) -> torch.Tensor:

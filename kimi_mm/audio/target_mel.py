@@ -32,8 +32,10 @@ class TargetMel(nn.Module):
         super().__init__()
         self.config = config
         bank = MelConfig(sample_rate=config.sample_rate, n_fft=config.n_fft, num_mel_bins=config.num_mel_bins)
-        self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
-        self.register_buffer("filters", mel_filters(bank), persistent=False)
+        # Constants are real even where the model is laid out on the meta device to be filled by a checkpoint.
+        with torch.device("cpu"):
+            self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
+            self.register_buffer("filters", mel_filters(bank), persistent=False)
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
         """Maps waves [B, S] in [-1, 1] to log-mel [B, S // hop, M].

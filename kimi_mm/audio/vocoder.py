@@ -91,7 +91,7 @@ class Vocoder(nn.Module):
         self.head = nn.Linear(size, config.n_fft + 2)
         overlap = config.n_fft // self.step_size
         # Analysis of the shape Hann * Hann sums to 3 / 8 of the overlap, everywhere.
-        window = torch.hann_window(config.n_fft) / (3 * overlap / 8)
+        window = torch.hann_window(config.n_fft, device="cpu") / (3 * overlap / 8)
         self.register_buffer("window", window, persistent=False)
 
     @property
