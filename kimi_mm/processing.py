@@ -312,7 +312,7 @@ class Processor:
         for b, (row, row_items) in enumerate(zip(rows, items, strict=True)):
             index = np.asarray(row.item_index)
             pads = np.flatnonzero(index >= 0)
-            counts = np.bincount(index[pads], minlength=len(row_items)).tolist()
+            counts = np.bincount(index[pads]).tolist()
             if len(counts) != len(row_items):
                 raise UserError(f"row {b} has placeholders for {len(counts)} pictures, and {len(row_items)} pictures.")
             for item, count in zip(row_items, counts, strict=True):

@@ -133,8 +133,8 @@ def draw_attention(
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.4 * columns, 2.7 * rows + 0.9), squeeze=False, layout="constrained"
     )
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left", wrap=True)
-    figure.supxlabel(caption, fontsize=9, x=0.01, ha="left", wrap=True)
+    figure.suptitle(_plain(title), fontsize=11, x=0.01, ha="left", wrap=True)
+    figure.supxlabel(_plain(caption), fontsize=9, x=0.01, ha="left", wrap=True)
     for row in range(rows):
         picture, maps = _picture(items[row]), attention.maps[row]
         panels = [("", None), ("whole answer", maps.mean(0))]
@@ -146,7 +146,7 @@ def draw_attention(
                 axis.imshow(heat, extent=extent, cmap="inferno", alpha=0.65, interpolation="bilinear", vmin=0)
             axis.set_xlim(-0.5, items[row].size[1] - 0.5)
             axis.set_ylim(items[row].size[0] - 0.5, -0.5)
-            axis.set_title(label if row == 0 else "", fontsize=9)
+            axis.set_title(_plain(label) if row == 0 else "", fontsize=9)
             axis.set_axis_off()
     aside = path.with_name(f".{path.name}.tmp")
     try:
@@ -164,3 +164,8 @@ def _picture(item: VisionItem) -> np.ndarray:
     p = patches.shape[-1]
     image = patches.view(h, w, 3, p, p).permute(0, 3, 1, 4, 2).reshape(h * p, w * p, 3)
     return (image * 0.5 + 0.5).clamp(0, 1).numpy()
+
+
+def _plain(text: str) -> str:
+    """Text that Matplotlib draws as it stands: no formulas, no control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).replace("$", r"\$")

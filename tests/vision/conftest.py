@@ -22,6 +22,12 @@ def seeing() -> KimiMM:
     model = Model(config)
     assert model.vision is not None
     shaken(model.vision)
+    shaken(model.backbone, seed=1)
+    # Of random ids, most would be halves of characters or nothing at all; letters shall win.
+    table = model.backbone.embed_tokens.weight
+    silent = [i for i in range(384) if not tokenizer.decode([i]).isascii() or not tokenizer.decode([i]).isprintable()]
+    with torch.no_grad():
+        table[[*silent, *range(len(tokenizer), 384), config.vocab.special("text_eos")]] *= 0.1
     return KimiMM(model, tokenizer)
 
 
