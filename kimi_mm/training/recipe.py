@@ -159,7 +159,7 @@ def load_recipe(name: str, *, debug: bool = False, overrides: list[str] | None =
         *parents, last = key.split(".")
         for parent in parents:
             at = at.setdefault(parent, {})
-        at[last] = _number(yaml.safe_load(value))
+        at[last] = _number(yaml.safe_load(value)) if value else ""
         _merge(values, nested)
     recipe = Recipe.from_dict(values, where=str(path))
     return recipe, ModelConfig.from_yaml(_find(recipe.model))
