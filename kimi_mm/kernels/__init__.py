@@ -5,10 +5,12 @@ short_conv                    causal depthwise convolution + SiLU
 gated_rms_norm                RMS norm with a sigmoid gate
 attn_res_mix, _begin, _finish attention over depth, in one go or in two phases
 moe_route, moe_experts        expert choice, and the experts
+linear_cross_entropy          loss of a linear head over a large vocabulary, without holding all logits
 """
 
 from kimi_mm.kernels.attn_res import reference as _attn_res
 from kimi_mm.kernels.conv import reference as _conv
+from kimi_mm.kernels.cross_entropy import reference as _cross_entropy
 from kimi_mm.kernels.dispatch import KernelError, dispatched, resolve
 from kimi_mm.kernels.kda import reference as _kda
 from kimi_mm.kernels.moe import reference as _moe
@@ -23,6 +25,7 @@ attn_res_begin = dispatched("attn_res_begin", _attn_res.attn_res_begin)
 attn_res_finish = dispatched("attn_res_finish", _attn_res.attn_res_finish)
 moe_route = dispatched("moe_route", _moe.moe_route)
 moe_experts = dispatched("moe_experts", _moe.moe_experts)
+linear_cross_entropy = dispatched("linear_cross_entropy", _cross_entropy.linear_cross_entropy)
 
 __all__ = [
     "KernelError",
@@ -32,6 +35,7 @@ __all__ = [
     "chunk_kda",
     "gated_rms_norm",
     "kda_step",
+    "linear_cross_entropy",
     "moe_experts",
     "moe_route",
     "resolve",

@@ -32,6 +32,7 @@ _PACKAGES = {
     "attn_res_finish": "attn_res",
     "moe_route": "moe",
     "moe_experts": "moe",
+    "linear_cross_entropy": "cross_entropy",
 }
 _TRITON: frozenset[str] = frozenset()  # operations that have a triton.py twin
 
