@@ -33,9 +33,9 @@ class Clip:
     wave: np.ndarray
 
 
-def shard_path(folder: str | Path, number: int) -> Path:
+def shard_path(folder: str | Path, number: int, name: str = "shard") -> Path:
     """Returns the path of a shard's index; the array lies beside it with the suffix `.npy`."""
-    return Path(folder) / f"shard-{number:05d}.jsonl"
+    return Path(folder) / f"{name}-{number:05d}.jsonl"
 
 
 def write_shard(folder: str | Path, number: int, clips: Iterable[Clip]) -> list[dict[str, Any]]:
@@ -45,12 +45,17 @@ def write_shard(folder: str | Path, number: int, clips: Iterable[Clip]) -> list[
         rows.append({"id": clip.id, "text": clip.text, "voice": clip.voice, "start": start, "samples": len(clip.wave)})
         waves.append(clip.wave)
         start += len(clip.wave)
-    buffer = io.BytesIO()
-    np.save(buffer, np.concatenate(waves).astype(np.int16) if waves else np.zeros(0, np.int16))
     index = shard_path(folder, number)
-    write_aside(index.with_suffix(".npy"), buffer.getvalue())
+    write_array(index.with_suffix(".npy"), waves)
     write_rows(index, rows)
     return rows
+
+
+def write_array(path: Path, waves: list[np.ndarray]) -> None:
+    """Writes waves [S] one after the other as one int16 array."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate(waves).astype(np.int16) if waves else np.zeros(0, np.int16))
+    write_aside(path, buffer.getvalue())
 
 
 def write_shards(folder: str | Path, clips: Iterable[Clip], per_shard: int = 256, meta: dict | None = None) -> int:
@@ -69,10 +74,10 @@ def write_shards(folder: str | Path, clips: Iterable[Clip], per_shard: int = 256
     return count
 
 
-def finish(folder: str | Path, meta: dict[str, Any]) -> None:
-    """Writes the manifest over all shards of a folder."""
-    folder = Path(folder)
-    write_manifest(folder, "speech", [*folder.glob("shard-*.npy"), *folder.glob("shard-*.jsonl")], meta)
+def finish(folder: str | Path, meta: dict[str, Any], name: str = "shard") -> None:
+    """Writes the manifest over all shards of a folder; its kind is "speech", or the name of other shards."""
+    folder, kind = Path(folder), "speech" if name == "shard" else name
+    write_manifest(folder, kind, [*folder.glob(f"{name}-*.npy"), *folder.glob(f"{name}-*.jsonl")], meta)
 
 
 def read_shards(folder: str | Path) -> Iterator[Clip]:

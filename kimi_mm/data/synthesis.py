@@ -119,8 +119,9 @@ def synthesise(
     per_shard: int = 256,
     tools: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kind: ShardKind | None = None,
 ) -> SynthesisReport:
-    """Speaks a plan into shards at 16 kHz.
+    """Speaks a plan into shards.
 
     Args:
         plan: from `make_plan`.
@@ -130,6 +131,7 @@ def synthesise(
         per_shard: utterances in a shard.
         tools: root of unpacked flite and espeak-ng packages, see `voices.find_program`.
         progress: called with (utterances done, utterances in all) after each shard.
+        kind: of shards; None is speech at 16 kHz.
 
     Returns:
         The report; utterances that a voice could not speak are listed in it and left out.
@@ -137,16 +139,16 @@ def synthesise(
     Raises:
         UserError: when a voice of the plan cannot be used here, or the folder holds another plan.
     """
-    out_dir, started = Path(out_dir), time.monotonic()
+    out_dir, started, kind = Path(out_dir), time.monotonic(), kind or SPEECH
     out_dir.mkdir(parents=True, exist_ok=True)
-    _claim(out_dir, plan, seed, per_shard)
+    _claim(out_dir, plan, seed, per_shard, kind)
     for voice in sorted({clip.voice for clip in plan}):
         make_voice(voice, tools)
     jobs = [
         (number, plan[number * per_shard : (number + 1) * per_shard])
         for number in range(math.ceil(len(plan) / per_shard))
     ]
-    todo = [(number, clips) for number, clips in jobs if not shard_path(out_dir, number).exists()]
+    todo = [(number, clips) for number, clips in jobs if not shard_path(out_dir, number, kind.name).exists()]
     done = len(plan) - sum(len(clips) for _, clips in todo)
     skipped: list[str] = []
     if progress:
@@ -154,7 +156,7 @@ def synthesise(
     if todo:
         with _OneThread(), _pool(min(processes or os.cpu_count() or 1, len(todo))) as pool:
             futures = {
-                pool.submit(_make_shard, str(out_dir), number, clips, seed, str(tools or "")): len(clips)
+                pool.submit(kind.make, str(out_dir), number, clips, seed, str(tools or "")): len(clips)
                 for number, clips in todo
             }
             for future in as_completed(futures):
@@ -162,9 +164,10 @@ def synthesise(
                 done += futures[future]
                 if progress:
                     progress(done, len(plan))
-    rows = [row for number, _ in jobs for row in read_rows(shard_path(out_dir, number), KEYS)]
-    hours = sum(row["samples"] for row in rows) / SAMPLE_RATE / 3600
-    finish(out_dir, {"utterances": len(rows), "hours": round(hours, 4), "seed": seed, "skipped": sorted(skipped)})
+    rows = [row for number, _ in jobs for row in read_rows(shard_path(out_dir, number, kind.name), KEYS)]
+    hours = sum(row["samples"] for row in rows) / kind.rate / 3600
+    meta = {"utterances": len(rows), "hours": round(hours, 4), "seed": seed, "skipped": sorted(skipped)}
+    finish(out_dir, meta, kind.name)
     return SynthesisReport(len(rows), hours, tuple(sorted(skipped)), time.monotonic() - started)
 
 
@@ -178,11 +181,21 @@ def speak(clip: PlannedClip, seed: int = 0, tools: str | Path | None = None) -> 
     rng = np.random.default_rng(np.frombuffer(hashlib.sha256(key).digest(), np.uint32))
     speech = _voice(clip.voice, str(tools or ""))(clip.text, rng)
     wave = trim(resample(speech.wave, speech.sample_rate))
-    seconds, letters = len(wave) / SAMPLE_RATE, sum(c.isalpha() for c in clip.text)
+    check_speech(wave, SAMPLE_RATE, clip.text)
+    return Clip(clip.id, clip.text, f"{clip.voice}:{speech.settings}", to_int16(wave))
+
+
+def check_speech(wave: np.ndarray, rate: int, text: str) -> None:
+    """Raises VoiceError when a wave [S] cannot be this sentence: too long or short for its letters, or not finite."""
+    seconds, letters = len(wave) / rate, sum(c.isalpha() for c in text)
     if not 0.15 <= seconds <= MAX_SECONDS or not 1.5 <= letters / seconds <= 40.0 or not np.isfinite(wave).all():
         raise VoiceError(f"{seconds:.2f} s of speech for {letters} letters")
+
+
+def to_int16(wave: np.ndarray) -> np.ndarray:
+    """Brings speech [S] to the level of the corpus, without clipping, as int16."""
     level = min(TARGET_RMS / float(np.sqrt(np.mean(wave**2))), PEAK / float(np.abs(wave).max()))
-    return Clip(clip.id, clip.text, f"{clip.voice}:{speech.settings}", np.round(wave * level * 32767).astype(np.int16))
+    return np.round(wave * level * 32767).astype(np.int16)
 
 
 def resample(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -196,15 +209,23 @@ def resample(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def trim(wave: np.ndarray) -> np.ndarray:
-    """Cuts both ends down to 0.12 s beyond the first and last 10 ms frame within 45 dB of the loudest."""
-    size = SAMPLE_RATE // 100
-    frames = wave[: len(wave) // size * size].reshape(-1, size)
-    power = np.square(frames).mean(1)
+    """Cuts both ends of [S] at 16 kHz as `speech_bounds` says."""
+    start, end = speech_bounds(wave, SAMPLE_RATE)
+    return wave[start:end]
+
+
+def speech_bounds(wave: np.ndarray, rate: int) -> tuple[int, int]:
+    """Returns where speech begins and ends: 0.12 s beyond the first and last 10 ms frame within 45 dB of the loudest.
+
+    Both are multiples of 10 ms, unless the recording itself ends before.
+    """
+    size = rate // 100
+    power = np.square(wave[: len(wave) // size * size].reshape(-1, size)).mean(1)
     loud = np.flatnonzero(power > power.max(initial=0.0) * 10**-4.5)
     if not len(loud):
-        return wave[:0]
-    margin = round(MARGIN_SECONDS * SAMPLE_RATE)
-    return wave[max(0, loud[0] * size - margin) : (loud[-1] + 1) * size + margin]
+        return 0, 0
+    margin = round(MARGIN_SECONDS * rate)
+    return max(0, int(loud[0]) * size - margin), min(len(wave), (int(loud[-1]) + 1) * size + margin)
 
 
 def _full(plan: list, seconds: float, count: int | None, hours: float | None, once: int) -> bool:
@@ -213,9 +234,10 @@ def _full(plan: list, seconds: float, count: int | None, hours: float | None, on
     return (count is not None and len(plan) >= count) or (hours is not None and seconds >= hours * 3600)
 
 
-def _claim(out_dir: Path, plan: Sequence[PlannedClip], seed: int, per_shard: int) -> None:
+def _claim(out_dir: Path, plan: Sequence[PlannedClip], seed: int, per_shard: int, kind: ShardKind) -> None:
     """Notes which plan the folder holds, and refuses a folder that holds another."""
-    body = json.dumps([[asdict(clip) for clip in plan], seed, per_shard], sort_keys=True)
+    what = [[asdict(clip) for clip in plan], seed, per_shard, *([] if kind == SPEECH else [kind.name])]
+    body = json.dumps(what, sort_keys=True)
     values = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "utterances": len(plan)}
     path = out_dir / PLAN
     if path.exists():
@@ -225,7 +247,7 @@ def _claim(out_dir: Path, plan: Sequence[PlannedClip], seed: int, per_shard: int
             same = False
         if not same:
             raise UserError(f"{out_dir}: holds speech of another plan; choose another folder or empty this one.")
-    elif shard_path(out_dir, 0).exists():
+    elif shard_path(out_dir, 0, kind.name).exists():
         raise UserError(f"{out_dir}: holds shards of unknown origin; choose another folder or empty this one.")
     else:
         write_aside(path, json.dumps(values).encode())
@@ -241,6 +263,21 @@ def _make_shard(out_dir: str, number: int, clips: Sequence[PlannedClip], seed: i
             skipped.append(f"{clip.id} {clip.voice}: {error}")
     write_shard(out_dir, number, made)
     return skipped
+
+
+@dataclass(frozen=True)
+class ShardKind:
+    """What `synthesise` writes: shards named `name`-*, samples at `rate` Hz, made by `make` in a worker process.
+
+    `make(folder, number, clips, seed, tools)` writes one shard and returns a line for each utterance it skipped.
+    """
+
+    name: str
+    rate: int
+    make: Callable[[str, int, Sequence[PlannedClip], int, str], list[str]]
+
+
+SPEECH = ShardKind("shard", SAMPLE_RATE, _make_shard)
 
 
 @lru_cache(maxsize=len(VOICES))

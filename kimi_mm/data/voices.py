@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,17 +100,27 @@ def make_voice(name: str, tools: str | Path | None = None) -> Callable[[str, np.
     return _Espeak(speaker, tools)
 
 
+def hibari_engine() -> tuple[Any, Any]:
+    """Returns hibari's synthesiser and its module of signal processing, whose `synth` makes the wave.
+
+    Raises:
+        VoiceError: when the package is not installed.
+    """
+    try:
+        from hibari import Hibari, dsp
+    except ImportError:
+        raise VoiceError(
+            "The voices 'hibari-*' need the package hibari-tts; install kimi-mm[synthesis] or hibari-tts."
+        ) from None
+    return Hibari(threads=1), dsp
+
+
 class _Hibari:
     """hibari's "heart", optionally morphed between its network and its source-filter synthesis."""
 
     def __init__(self, morph: bool) -> None:
-        try:
-            from hibari import Hibari, dsp
-        except ImportError:
-            raise VoiceError(
-                "The voices 'hibari-*' need the package hibari-tts; install kimi-mm[synthesis] or hibari-tts."
-            ) from None
-        self.engine, self.dsp, self.morph = Hibari(threads=1), dsp, morph
+        self.engine, self.dsp = hibari_engine()
+        self.morph = morph
 
     def __call__(self, text: str, rng: np.random.Generator) -> Speech:
         speed = round(float(rng.uniform(0.8, 1.25)), 3)
