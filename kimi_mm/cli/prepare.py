@@ -2,6 +2,7 @@
 
 text    ─► DATA/texts.jsonl.gz           human ─► DATA/human/{adapt,test}, DATA/human/adapt-shards
 speech  ─► DATA/speech/shard-*           eval  ─► DATA/{test_sent,test_voice}/shard-*
+targets ─► DATA/targets/target-*         (24 kHz, for speech output)
 encoder ─► DATA/whisper_tiny_en_encoder.safetensors    unlabelled ─► DATA/unlabelled/shards/shard-*
 """
 
@@ -29,6 +30,7 @@ class DataKind(str, enum.Enum):
     unlabelled = "unlabelled"
     eval = "eval"
     speech = "speech"
+    targets = "targets"
     all = "all"
 
 
@@ -36,7 +38,8 @@ def prepare(
     kind: Annotated[
         DataKind,
         typer.Argument(
-            help="text, human (recordings), encoder (pretrained), unlabelled (speech), eval (test sets), speech, all."
+            help="text, human (recordings), encoder (pretrained), unlabelled (speech), eval (test sets), speech, "
+            "targets (of speech output), all."
         ),
     ],
     data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder.")] = Path("data"),
@@ -65,8 +68,9 @@ def prepare(
     from kimi_mm.data.prepare import prepare as run
 
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
-    needs_text = kinds[0] in (DataKind.eval, DataKind.speech) and not (data / TEXTS).exists()
-    own_folder = (DataKind.human, DataKind.speech, DataKind.unlabelled)
+    from_text = (DataKind.eval, DataKind.speech, DataKind.targets)
+    needs_text = kinds[0] in from_text and not (data / TEXTS).exists()
+    own_folder = (DataKind.human, DataKind.speech, DataKind.targets, DataKind.unlabelled)
     folders = {k: data / k.value for k in own_folder}
     for step in [DataKind.text, *kinds] if needs_text else kinds:
         with _progress() as progress:
@@ -74,7 +78,7 @@ def prepare(
                 step.value,
                 folders.get(step, data),
                 packages=packages,
-                texts=data / TEXTS if step in (DataKind.eval, DataKind.speech) else None,
+                texts=data / TEXTS if step in from_text else None,
                 hours=hours,
                 count=count,
                 processes=processes,

