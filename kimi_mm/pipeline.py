@@ -161,10 +161,8 @@ class KimiMM:
             ImageError: a picture cannot be used.
             UserError: the model has no eyes, or there is no picture or no question.
         """
-        items = images if isinstance(images, list) and images and isinstance(images[0], VisionItem) else None
-        items = self.look(images) if items is None else items
         sampling = TextSampling(temperature=temperature, max_tokens=max_tokens)
-        return self._answer(self.question_inputs(items, question), sampling, generator)
+        return self._answer(self.question_inputs(self.look(images), question), sampling, generator)
 
     def reply(
         self, messages: Sequence[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0
@@ -180,11 +178,17 @@ class KimiMM:
         return self._answer(inputs, TextSampling(temperature=temperature, max_tokens=max_tokens), None)
 
     def look(self, images: Any) -> list[VisionItem]:
-        """Reads one or a list of pictures and clips into patches; what was left out stands in the items' `notes`."""
-        if self.processor.vision is None:
+        """Reads one or a list of pictures and clips into patches; what was left out stands in the items' `notes`.
+
+        Items that were read before pass through.
+        """
+        vision = self.processor.vision
+        if vision is None:
             raise UserError(f"model '{self.config.name}' has no eyes; take a checkpoint whose config has 'vision'.")
-        sources = images if isinstance(images, (list, tuple)) else [images]
-        return [item for source in sources for item in self.processor.vision.load(source)]
+        items: list[VisionItem] = []
+        for source in images if isinstance(images, (list, tuple)) else [images]:
+            items.extend([source] if isinstance(source, VisionItem) else vision.load(source))
+        return items
 
     def question_inputs(self, items: Sequence[VisionItem], question: str, answer: str | None = None) -> ModelInputs:
         """Returns the prompt of a question about items, and behind it an answer when there is one."""
