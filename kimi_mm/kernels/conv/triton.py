@@ -12,6 +12,7 @@ At 8192 rows of 12288 channels in bf16: 0.13 ms forward, 0.20 ms backward on an 
 
 Shapes:  B batch  T time  C channels  W kernel width  N sequences (B, or those of cu_seqlens)  R = B * T rows
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from __future__ import annotations
 
