@@ -27,40 +27,43 @@ Shapes: as in chunk_forward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from kimi_mm.kernels.kda.chunk_ops import (
     BOUNDED,
-    SOFTPLUS,
+    GIVEN,
     anchored,
+    dense,
     diagonal_mask,
     gate_logits,
     gate_rate,
+    inverse_norm,
     last_row,
     load_beta,
     load_rows,
     place,
+    row_tile,
     running_decay,
     span_factor,
     span_mask,
-    square,
     store_rows,
-    unit_rows,
 )
 
 
 @triton.jit
 def scan_back_kernel(
-    w, kg, qg, P, fade, d_out, d_final, cu_seqlens, lengths, offsets,
-    d_states, d_deltas, d_initial,
+    w, kg, qg, P, X, fade, d_out, d_final, cu_seqlens, lengths, offsets,
+    d_states, ys, d_initial,
     T, per_row, HV,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
     VARLEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of BV value channels of one head from the last chunk of a sequence to the first.
 
-    Writes d_states [NC, HV, BK, VP], the gradient of the state each chunk ends with, d_deltas [NC, HV, BT, VP], and
+    Writes d_states [NC, HV, BK, VP], the gradient of the state each chunk ends with, ys [NC, HV, BT, VP], Y, and
     d_initial [N, HV, V, K] unless it is None.
     """
     v0 = tl.program_id(0) * BV
@@ -94,11 +97,13 @@ def scan_back_kernel(
     p_w = w + tile * BT * BK + wide
     p_kg = kg + tile * BT * BK + wide
     p_qg = qg + tile * BT * BK + wide
-    p_P = P + tile * BT * BT + rows * BT + tl.arange(0, BT)[None, :]
+    inner = rows * BT + tl.arange(0, BT)[None, :]
+    p_P = P + tile * BT * BT + inner
+    p_X = X + tile * BT * BT + inner
     p_fade = fade + tile * BK + key
     p_out = d_out + ((row + (count - 1) * BT) * HV + hv) * V + rows * (HV * V) + value[None, :]
     p_states = d_states + tile * BK * VP + key[:, None] * VP + value[None, :]
-    p_deltas = d_deltas + tile * BT * VP + narrow
+    p_y = ys + tile * BT * VP + narrow
     left = length - (count - 1) * BT
     for _ in tl.range(0, count, num_stages=STAGES):
         after = d_state.to(KIND)
@@ -106,51 +111,102 @@ def scan_back_kernel(
         d_delta = tl.dot(tl.trans(tl.load(p_P)), d_o, input_precision=PRECISION)
         d_delta = tl.dot(tl.load(p_kg), after, d_delta, input_precision=PRECISION).to(KIND)
         tl.store(p_states, after)
-        tl.store(p_deltas, d_delta)
+        tl.store(p_y, tl.dot(tl.trans(tl.load(p_X)), d_delta, input_precision=PRECISION).to(KIND))
         d_state = tl.dot(tl.trans(tl.load(p_qg)), d_o, d_state * tl.load(p_fade)[:, None], input_precision=PRECISION)
         d_state -= tl.dot(tl.trans(tl.load(p_w)), d_delta, input_precision=PRECISION)
         p_w -= HV * BT * BK
         p_kg -= HV * BT * BK
         p_qg -= HV * BT * BK
         p_P -= HV * BT * BT
+        p_X -= HV * BT * BT
         p_fade -= HV * BK
         p_out -= BT * HV * V
         p_states -= HV * BK * VP
-        p_deltas -= HV * BT * VP
+        p_y -= HV * BT * VP
         left += BT
     if d_initial is not None:
         tl.store(d_initial + at_state, d_state, mask=inside)
 
 
 @triton.jit
-def through_norm(x, dx, NORM: tl.constexpr):
-    """Gradient of x from that of x / |x|, rows [BT, BK]; x raw."""
-    if NORM:
-        r = unit_rows(x, NORM)[:, None]
-        unit = x * r
-        return r * (dx - unit * tl.sum(unit * dx, 1)[:, None])
+def add_pairs(
+    d_row_q, d_row_k, d_col, dG, dP, dL, mask, qf, bkf, kf, row_factor, col_factor, PRECISION: tl.constexpr
+) -> Any:
+    """Adds what the pairs under `mask` give, from rows qf, bkf (with beta) and columns kf, factors included.
+
+    dP and dL are pointers. dG takes the very numbers that were multiplied, rounded as they were: what a pair of rows
+    adds to one and takes from the other then cancels to fp32 in the sums that follow, and bfloat16 costs dg nothing.
+    """
+    part = tl.load(dP, mask=mask, other=0.0)
+    product = tl.dot(part, kf, input_precision=PRECISION)
+    d_row_q += row_factor * product
+    dG += qf * product
+    columns = tl.dot(tl.trans(part), qf, input_precision=PRECISION)
+    part = tl.load(dL, mask=mask, other=0.0)
+    product = tl.dot(part, kf, input_precision=PRECISION)
+    d_row_k += row_factor * product
+    dG += bkf * product
+    columns = tl.dot(tl.trans(part), bkf, columns, input_precision=PRECISION)
+    d_col += col_factor * columns
+    dG -= kf * columns
+    return d_row_q, d_row_k, d_col, dG
+
+
+@triton.jit
+def add_score_gradients(
+    d_q, d_kg, zr, dG, dP, dL, q, k, bt, G, BT: tl.constexpr, KT: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Adds what dP and dL [BT, BT], given as pointers, mean for KT channels; the mirror of `add_scores`."""
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    for level in tl.static_range(LEVELS):
+        factor = span_factor(G, BT >> level, BT, KT)
+        mask = span_mask(BT >> level, BT)
+        qf = (q * factor).to(KIND)
+        kf = (k * factor).to(KIND)
+        bkf = (k * factor * bt[:, None]).to(KIND)
+        d_q, zr, d_kg, dG = add_pairs(d_q, zr, d_kg, dG, dP, dL, mask, qf, bkf, kf, factor, factor, PRECISION)
+    if SUB == 1:
+        diagonal = tl.sum(tl.load(dP, mask=i == j, other=0.0).to(tl.float32), 1)[:, None]
+        d_q += diagonal * k
+        d_kg += diagonal * q
     else:
-        return dx
+        away = tl.reshape(anchored(G, SUB, SUB // 2, BT, KT), (BT, KT))
+        rise = tl.exp2(away)
+        fall = tl.exp2(-away)
+        qf = (q * rise).to(KIND)
+        kf = (k * fall).to(KIND)
+        bkf = (k * rise * bt[:, None]).to(KIND)
+        mask = diagonal_mask(SUB, BT)
+        d_q, zr, d_kg, dG = add_pairs(d_q, zr, d_kg, dG, dP, dL, mask, qf, bkf, kf, rise, fall, PRECISION)
+    return d_q, d_kg, zr, dG
 
 
 @triton.jit
 def gradients_kernel(
     q, k, v, g, beta, A_log, dt_bias, cu_seqlens, lengths, offsets, owner,
-    X, states, deltas, d_states, d_deltas, d_out,
-    dq, dk, dv, dg, dbeta, dA_part, dbias_part,
+    out, states, deltas, d_states, ys, d_out,
+    dq, dk, dv, dg, dbeta, dA_part, dbias_part, pairs,
     q_b, q_t, k_b, k_t, v_b, v_t, g_b, g_t, beta_b, beta_t,
     scale, lower, T, per_row, HV,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    VP: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, GATE: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, VP: tl.constexpr,
+    KT: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, GATE: tl.constexpr,
     NORM: tl.constexpr, SIGMOID: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk of one head; dq, dk, dg, dbeta are [B, T, HV, .], the parts [NC, HV(, K)]."""
+    """All gradients of one chunk of one head; dq, dk, dg, dbeta are [B, T, HV, .], the parts [NC, HV(, K)].
+
+    Value channels first, for dP, dL, dv and the row sums that the norms of q and k take (q dq = dO o and
+    k dk = 2 Y D - beta Y v, summed over the head), then KT key channels at a time, each on its own. dP and dL wait in
+    `pairs` [NC, HV, 2, BT, BT]: their masked parts, kept in registers, would be more than a program has.
+    """
     chunk = tl.program_id(0)
     hv = tl.program_id(1)
     b, first, end, stop = place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT, VARLEN)
-    if first < 0:
+    if VARLEN and first < 0:
         return
-    KIND = X.dtype.element_ty
+    KIND = states.dtype.element_ty
+    EVEN: tl.constexpr = K == BK
     h = hv // (HV // H)
     left = end - first
     to_write = stop - first
@@ -158,122 +214,113 @@ def gradients_kernel(
     b = b.to(tl.int64)
     tile = chunk.to(tl.int64) * HV + hv
     flat = (b * T + row) * HV + hv  # row of the contiguous [B, T, HV] gradients
-    rows = tl.arange(0, BT)
-    i = rows[:, None]
-    j = rows[None, :]
-    key = tl.arange(0, BK)
+    q += b * q_b + row * q_t + h * K
+    k += b * k_b + row * k_t + h * K
+    v += b * v_b + row * v_t + hv * V
+    g += b * g_b + row * g_t + hv * K
+    d_out += flat * V
+    deltas += tile * BT * VP
+    ys += tile * BT * VP
+    states += tile * BK * VP
+    d_states += tile * BK * VP
 
-    inverse = tl.trans(tl.load(square(X + tile * BT * BT, BT, BT)))
     bt = load_beta(beta + b * beta_b + row * beta_t + hv, beta_t, left, BT, SIGMOID)
     dP = tl.zeros((BT, BT), tl.float32)
     dL = tl.zeros((BT, BT), tl.float32)
-    d_q = tl.zeros((BT, BK), tl.float32)
-    d_kg = tl.zeros((BT, BK), tl.float32)
-    zr = tl.zeros((BT, BK), tl.float32)
     d_beta = tl.zeros((BT,), tl.float32)
-    d_last = tl.zeros((BK,), tl.float32)
-    p_v = v + b * v_b + row * v_t + hv * V
+    q_dq = tl.zeros((BT,), tl.float32)
+    k_dk = tl.zeros((BT,), tl.float32)
     for v0 in range(0, VP, BV):
-        narrow = i * VP + v0 + tl.arange(0, BV)[None, :]
-        value = v0 + tl.arange(0, BV)[None, :]
-        valid = (i < left) & (value < V)
-        d_o = tl.load(d_out + flat * V + i * (HV * V) + value, mask=valid, other=0.0).to(KIND)
-        delta = tl.load(deltas + tile * BT * VP + narrow)
-        at = tile * BK * VP + key[:, None] * VP + v0 + tl.arange(0, BV)[None, :]
-        before = tl.load(states + at)
-        after = tl.load(d_states + at)
-        d_last += tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)
-        Y = tl.dot(inverse, tl.load(d_deltas + tile * BT * VP + narrow), input_precision=PRECISION)
-        vt = tl.load(p_v + i * v_t + value, mask=valid, other=0.0).to(tl.float32)
-        d_beta += tl.sum(Y * vt, 1)
-        tl.store(
-            dv + flat * V + i * (HV * V) + value,
-            (Y * bt[:, None]).to(dv.dtype.element_ty),
-            mask=(i < to_write) & (value < V),
-        )
-        Y = Y.to(KIND)
+        delta = tl.load(dense(deltas + v0, BT, BV, VP))
+        Y = tl.load(dense(ys + v0, BT, BV, VP))
+        d_o = load_rows(d_out + v0, HV * V, left, V - v0, BT, BV, V == VP).to(KIND)
         dP = tl.dot(d_o, tl.trans(delta), dP, input_precision=PRECISION)
         dL = tl.dot(Y, tl.trans(delta), dL, input_precision=PRECISION)
-        d_q = tl.dot(d_o, tl.trans(before), d_q, input_precision=PRECISION)
-        zr = tl.dot(Y, tl.trans(before), zr, input_precision=PRECISION)
-        d_kg = tl.dot(delta, tl.trans(after), d_kg, input_precision=PRECISION)
+        wide_Y = Y.to(tl.float32)
+        value = load_rows(v + v0, v_t, left, V - v0, BT, BV, V == VP).to(tl.float32)
+        d_beta += tl.sum(wide_Y * value, 1)
+        if NORM:
+            o = load_rows(out + flat * V + v0, HV * V, left, V - v0, BT, BV, V == VP).to(tl.float32)
+            q_dq += tl.sum(d_o.to(tl.float32) * o, 1)
+            k_dk += tl.sum(wide_Y * delta.to(tl.float32), 1)
+        store_rows(dv + flat * V + v0, HV * V, to_write, V - v0, wide_Y * bt[:, None], BT, BV, V == VP)
+    k_dk = 2.0 * k_dk - bt * d_beta
+    i = tl.arange(0, BT)[:, None]
+    j = tl.arange(0, BT)[None, :]
+    pairs += tile * 2 * BT * BT
+    p_dP = dense(pairs, BT, BT, BT)
+    p_dL = dense(pairs + BT * BT, BT, BT, BT)
+    tl.store(p_dP, dP.to(KIND))
+    tl.store(p_dL, tl.where(i > j, -dL, 0.0).to(KIND))
+    tl.debug_barrier()  # below, threads read what others of this program wrote here
 
-    G = running_decay(g + b * g_b + row * g_t + hv * K, g_t, left, A_log, dt_bias, hv, lower, K, BT, BK, GATE)
-    last = last_row(G, BT)
-    raw_k = load_rows(k + b * k_b + row * k_t + h * K, k_t, left, K, BT, BK).to(tl.float32)
-    kt = raw_k * unit_rows(raw_k, NORM)[:, None]
-    raw_q = load_rows(q + b * q_b + row * q_t + h * K, q_t, left, K, BT, BK).to(tl.float32)
-    qt = raw_q * (unit_rows(raw_q, NORM) * scale)[:, None]
+    rate = gate_rate(A_log, hv)
+    k_norm = inverse_norm(k, k_t, left, K, BT, BK, KT, NORM)
+    q_norm = inverse_norm(q, q_t, left, K, BT, BK, KT, NORM)
+    if dt_bias is not None:
+        dt_bias += hv * K
+    d_rate = 0.0
+    for k0 in range(0, BK, KT):
+        d_q = tl.zeros((BT, KT), tl.float32)
+        d_kg = tl.zeros((BT, KT), tl.float32)
+        zr = tl.zeros((BT, KT), tl.float32)
+        d_last = tl.zeros((KT,), tl.float32)
+        for v0 in range(0, VP, BV):
+            before = tl.load(dense(states + k0 * VP + v0, KT, BV, VP))
+            after = tl.load(dense(d_states + k0 * VP + v0, KT, BV, VP))
+            d_last += tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)
+            d_o = load_rows(d_out + v0, HV * V, left, V - v0, BT, BV, V == VP).to(KIND)
+            d_q = tl.dot(d_o, tl.trans(before), d_q, input_precision=PRECISION)
+            Y = tl.load(dense(ys + v0, BT, BV, VP))
+            zr = tl.dot(Y, tl.trans(before), zr, input_precision=PRECISION)
+            delta = tl.load(dense(deltas + v0, BT, BV, VP))
+            d_kg = tl.dot(delta, tl.trans(after), d_kg, input_precision=PRECISION)
 
-    decay = tl.exp2(G)
-    d_q *= decay
-    zr *= -decay
-    d_kg *= tl.exp2(last[None, :] - G)
-    d_last = d_last * tl.exp2(last) + tl.sum(kt * d_kg, 0)
-    dG = qt * d_q + kt * (zr * bt[:, None] - d_kg)
-    dL = -dL
-    for level in tl.static_range(LEVELS):
-        factor = span_factor(G, BT >> level, BT, BK)
-        mask = span_mask(BT >> level, BT)
-        part_P = tl.where(mask, dP, 0.0).to(KIND)
-        part_L = tl.where(mask, dL, 0.0).to(KIND)
-        qf = (qt * factor).to(KIND)
-        kf = (kt * factor).to(KIND)
-        bkf = (kt * factor * bt[:, None]).to(KIND)
-        from_P = tl.dot(part_P, kf, input_precision=PRECISION)
-        from_L = tl.dot(part_L, kf, input_precision=PRECISION)
-        columns = tl.dot(tl.trans(part_P), qf, input_precision=PRECISION)
-        columns = tl.dot(tl.trans(part_L), bkf, columns, input_precision=PRECISION)
-        d_q += factor * from_P
-        zr += factor * from_L
-        d_kg += factor * columns
-        dG += qf * from_P + bkf * from_L - kf * columns
-    if SUB == 1:
-        diagonal = tl.sum(tl.where(i == j, dP, 0.0), 1)[:, None]
-        d_q += diagonal * kt
-        d_kg += diagonal * qt
-    else:
-        away = tl.reshape(anchored(G, SUB, SUB // 2, BT, BK), (BT, BK))
-        rise = tl.exp2(away)
-        fall = tl.exp2(-away)
-        mask = diagonal_mask(SUB, BT)
-        part_P = tl.where(mask, dP, 0.0).to(KIND)
-        part_L = tl.where(mask & (i > j), dL, 0.0).to(KIND)
-        qf = (qt * rise).to(KIND)
-        kf = (kt * fall).to(KIND)
-        bkf = (kt * rise * bt[:, None]).to(KIND)
-        from_P = tl.dot(part_P, kf, input_precision=PRECISION)
-        from_L = tl.dot(part_L, kf, input_precision=PRECISION)
-        columns = tl.dot(tl.trans(part_P), qf, input_precision=PRECISION)
-        columns = tl.dot(tl.trans(part_L), bkf, columns, input_precision=PRECISION)
-        d_q += rise * from_P
-        zr += rise * from_L
-        d_kg += fall * columns
-        dG += qf * from_P + bkf * from_L - kf * columns
+        bias = dt_bias
+        if dt_bias is not None:
+            bias = dt_bias + k0
+        G = running_decay(g + k0, g_t, left, K - k0, bias, rate, lower, BT, KT, EVEN, GATE)
+        kt = load_rows(k + k0, k_t, left, K - k0, BT, KT, EVEN).to(tl.float32) * k_norm[:, None]
+        qt = load_rows(q + k0, q_t, left, K - k0, BT, KT, EVEN).to(tl.float32) * (q_norm * scale)[:, None]
+        decay = tl.exp2(G)
+        last = last_row(G, BT)
+        d_q *= decay
+        zr *= -decay
+        d_kg *= tl.exp2(last[None, :] - G)
+        d_last = d_last * tl.exp2(last) + tl.sum(kt * d_kg, 0)
+        dG = qt * d_q + kt * (zr * bt[:, None] - d_kg)
+        d_q, d_kg, zr, dG = add_score_gradients(
+            d_q, d_kg, zr, dG, p_dP, p_dL, qt, kt, bt, G, BT, KT, LEVELS, SUB, KIND, PRECISION
+        )
+        d_beta += tl.sum(kt * zr, 1)
+        d_k = d_kg + zr * bt[:, None]
+        d_q *= scale
+        if NORM:
+            d_q = q_norm[:, None] * (d_q - qt * (q_dq / scale)[:, None])
+            d_k = k_norm[:, None] * (d_k - kt * k_dk[:, None])
+        store_rows(dq + flat * K + k0, HV * K, to_write, K - k0, d_q, BT, KT, EVEN)
+        store_rows(dk + flat * K + k0, HV * K, to_write, K - k0, d_k, BT, KT, EVEN)
 
-    d_beta += tl.sum(kt * zr, 1)
+        at, mask = row_tile(g + k0, g_t, left, K - k0, BT, KT, EVEN)
+        d_decay = tl.where(mask, tl.cumsum(dG, 0, reverse=True) + d_last[None, :], 0.0)
+        if GATE != GIVEN:
+            z = gate_logits(tl.load(at, mask=mask, other=0.0), bias, K - k0, KT, EVEN)
+            if GATE == BOUNDED:
+                s = tl.sigmoid(z * rate)
+                d_decay *= lower * rate * s * (1.0 - s)
+                d_rate += tl.sum(tl.sum(d_decay * z, 1), 0)
+            else:
+                soft = tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
+                d_rate -= rate * tl.sum(tl.sum(d_decay * soft, 1), 0)
+                d_decay *= -rate * tl.sigmoid(z)
+        store_rows(dg + flat * K + k0, HV * K, to_write, K - k0, d_decay, BT, KT, EVEN)
+        if dbias_part is not None:
+            key = k0 + tl.arange(0, KT)
+            tl.store(dbias_part + tile * K + key, tl.sum(d_decay, 0), mask=key < K)
+
     if SIGMOID:
         d_beta *= bt * (1.0 - bt)
+    rows = tl.arange(0, BT)
     tl.store(dbeta + flat + rows * HV, d_beta.to(dbeta.dtype.element_ty), mask=rows < to_write)
-    zr *= bt[:, None]
-    store_rows(dq + flat * K, HV * K, to_write, through_norm(raw_q, d_q * scale, NORM), K, BT, BK)
-    store_rows(dk + flat * K, HV * K, to_write, through_norm(raw_k, d_kg + zr, NORM), K, BT, BK)
-
-    d_decay = tl.cumsum(dG, 0, reverse=True) + d_last[None, :]
-    d_decay = tl.where(i < left, d_decay, 0.0)
-    z = gate_logits(load_rows(g + b * g_b + row * g_t + hv * K, g_t, left, K, BT, BK), dt_bias, hv, K, BK)
-    if GATE == BOUNDED:
-        rate = gate_rate(A_log, hv)
-        s = tl.sigmoid(z * rate)
-        d_decay *= lower * rate * s * (1.0 - s)
-        d_rate = tl.sum(tl.sum(d_decay * z, 1), 0)
-    elif GATE == SOFTPLUS:
-        rate = gate_rate(A_log, hv)
-        soft = tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
-        d_rate = -rate * tl.sum(tl.sum(d_decay * soft, 1), 0)
-        d_decay *= -rate * tl.sigmoid(z)
-    store_rows(dg + flat * K, HV * K, to_write, d_decay, K, BT, BK)
     if dA_part is not None:
         tl.store(dA_part + tile, d_rate)
-    if dbias_part is not None:
-        tl.store(dbias_part + tile * K + key, tl.sum(d_decay, 0), mask=key < K)

@@ -18,12 +18,17 @@ Shapes:  B batch  T time  H key heads  HV value heads  NC chunks of all sequence
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from kimi_mm.kernels.kda.chunk_ops import (
     anchored,
+    dense,
     diagonal_mask,
+    gate_rate,
+    inverse_norm,
     last_row,
     load_beta,
     load_rows,
@@ -31,38 +36,34 @@ from kimi_mm.kernels.kda.chunk_ops import (
     running_decay,
     span_factor,
     span_mask,
-    square,
     unit_lower_inverse,
-    unit_rows,
 )
 
 
 @triton.jit
-def scores(
-    q, k, G, BT: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, KIND: tl.constexpr,
+def add_scores(
+    P, A, q, k, G, BT: tl.constexpr, KT: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
-    """P (diagonal kept) and A (strictly lower), [BT, BT] fp32, from q, k [BT, BK] and the running log2-decay G.
+) -> Any:  # fmt: skip
+    """Adds what KT channels give to P (diagonal kept) and A (strictly lower), [BT, BT] fp32.
 
     LEVELS spans from BT down to 2 SUB are taken, then the diagonal blocks of SUB rows (16 for a bounded gate, 1
-    otherwise). Operands are rounded to KIND.
+    otherwise). Operands q, k [BT, KT] times their factors are rounded to KIND.
     """
-    P = tl.zeros((BT, BT), tl.float32)
-    A = tl.zeros((BT, BT), tl.float32)
     for level in tl.static_range(LEVELS):
-        factor = span_factor(G, BT >> level, BT, BK)
+        factor = span_factor(G, BT >> level, BT, KT)
         kf = (k * factor).to(KIND)
         qf = (q * factor).to(KIND)
         mask = span_mask(BT >> level, BT)
         P += tl.where(mask, tl.dot(qf, tl.trans(kf), input_precision=PRECISION), 0.0)
         A += tl.where(mask, tl.dot(kf, tl.trans(kf), input_precision=PRECISION), 0.0)
     mask = diagonal_mask(SUB, BT)
-    i = tl.arange(0, BT)[:, None]
-    j = tl.arange(0, BT)[None, :]
     if SUB == 1:
         P += tl.where(mask, tl.sum(q * k, 1)[:, None], 0.0)
     else:
-        away = tl.reshape(anchored(G, SUB, SUB // 2, BT, BK), (BT, BK))
+        i = tl.arange(0, BT)[:, None]
+        j = tl.arange(0, BT)[None, :]
+        away = tl.reshape(anchored(G, SUB, SUB // 2, BT, KT), (BT, KT))
         rise = tl.exp2(away)
         columns = tl.trans((k * tl.exp2(-away)).to(KIND))
         P += tl.where(mask, tl.dot((q * rise).to(KIND), columns, input_precision=PRECISION), 0.0)
@@ -76,51 +77,68 @@ def inside_kernel(
     w, u, kg, qg, P, X, fade,
     q_b, q_t, k_b, k_t, v_b, v_t, g_b, g_t, beta_b, beta_t,
     scale, lower, T, per_row, HV,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    VP: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, LOG_BT: tl.constexpr, GATE: tl.constexpr,
-    NORM: tl.constexpr, SIGMOID: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, VP: tl.constexpr,
+    KT: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, LOG_BT: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: gate, norms, P, X, and from them w, u, kg, qg; see the module for the equations."""
+    """One chunk of one head, KT channels at a time: gate, norms, P, X, and from them w, u, kg, qg; see the module."""
     chunk = tl.program_id(0)
     hv = tl.program_id(1)
     b, first, end, _ = place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT, VARLEN)
-    if first < 0:
+    if VARLEN and first < 0:
         return
     KIND = w.dtype.element_ty
+    EVEN: tl.constexpr = K == BK
     h = hv // (HV // H)
     left = end - first
     row = first.to(tl.int64)
     b = b.to(tl.int64)
     tile = chunk.to(tl.int64) * HV + hv
-
-    G = running_decay(g + b * g_b + row * g_t + hv * K, g_t, left, A_log, dt_bias, hv, lower, K, BT, BK, GATE)
-    bt = load_beta(beta + b * beta_b + row * beta_t + hv, beta_t, left, BT, SIGMOID)
-    kt = load_rows(k + b * k_b + row * k_t + h * K, k_t, left, K, BT, BK).to(tl.float32)
-    kt *= unit_rows(kt, NORM)[:, None]
-    qt = load_rows(q + b * q_b + row * q_t + h * K, q_t, left, K, BT, BK).to(tl.float32)
-    qt *= (unit_rows(qt, NORM) * scale)[:, None]
-    scores_P, scores_A = scores(qt, kt, G, BT, BK, LEVELS, SUB, KIND, PRECISION)
-    tl.store(square(P + tile * BT * BT, BT, BT), scores_P.to(KIND))
-
-    decay = tl.exp2(G)
-    last = last_row(G, BT)
-    tl.store(square(qg + tile * BT * BK, BT, BK), (qt * decay).to(KIND))
-    tl.store(square(kg + tile * BT * BK, BT, BK), (kt * tl.exp2(last[None, :] - G)).to(KIND))
-    tl.store(fade + tile * BK + tl.arange(0, BK), tl.exp2(last))
-
-    inverse = unit_lower_inverse(scores_A * bt[:, None], BT, LOG_BT, PRECISION).to(KIND)
-    if X is not None:
-        tl.store(square(X + tile * BT * BT, BT, BT), inverse)
-    weighted = (kt * decay * bt[:, None]).to(KIND)
-    tl.store(square(w + tile * BT * BK, BT, BK), tl.dot(inverse, weighted, input_precision=PRECISION).to(KIND))
+    q += b * q_b + row * q_t + h * K
+    k += b * k_b + row * k_t + h * K
     v += b * v_b + row * v_t + hv * V
-    for v0 in tl.static_range(0, VP, BV):
-        vt = load_rows(v + v0, v_t, left, V - v0, BT, BV).to(tl.float32)
-        ut = tl.dot(inverse, (vt * bt[:, None]).to(KIND), input_precision=PRECISION)
-        tl.store(
-            u + tile * BT * VP + tl.arange(0, BT)[:, None] * VP + v0 + tl.arange(0, BV)[None, :],
-            ut.to(KIND),
-        )
+    g += b * g_b + row * g_t + hv * K
+    w += tile * BT * BK
+    kg += tile * BT * BK
+    qg += tile * BT * BK
+    u += tile * BT * VP
+
+    bt = load_beta(beta + b * beta_b + row * beta_t + hv, beta_t, left, BT, SIGMOID)
+    rate = gate_rate(A_log, hv)
+    k_norm = inverse_norm(k, k_t, left, K, BT, BK, KT, NORM)
+    q_norm = inverse_norm(q, q_t, left, K, BT, BK, KT, NORM) * scale
+    if dt_bias is not None:
+        dt_bias += hv * K
+    scores_P = tl.zeros((BT, BT), tl.float32)
+    scores_A = tl.zeros((BT, BT), tl.float32)
+    for k0 in range(0, BK, KT):
+        bias = dt_bias
+        if dt_bias is not None:
+            bias = dt_bias + k0
+        G = running_decay(g + k0, g_t, left, K - k0, bias, rate, lower, BT, KT, EVEN, GATE)
+        kt = load_rows(k + k0, k_t, left, K - k0, BT, KT, EVEN).to(tl.float32) * k_norm[:, None]
+        qt = load_rows(q + k0, q_t, left, K - k0, BT, KT, EVEN).to(tl.float32) * q_norm[:, None]
+        decay = tl.exp2(G)
+        last = last_row(G, BT)
+        tl.store(dense(w + k0, BT, KT, BK), (kt * decay).to(KIND))
+        tl.store(dense(qg + k0, BT, KT, BK), (qt * decay).to(KIND))
+        tl.store(dense(kg + k0, BT, KT, BK), (kt * tl.exp2(last[None, :] - G)).to(KIND))
+        tl.store(fade + tile * BK + k0 + tl.arange(0, KT), tl.exp2(last))
+        scores_P, scores_A = add_scores(scores_P, scores_A, qt, kt, G, BT, KT, LEVELS, SUB, KIND, PRECISION)
+
+    tl.store(dense(P + tile * BT * BT, BT, BT, BT), scores_P.to(KIND))
+    inverse = unit_lower_inverse(scores_A * bt[:, None], BT, LOG_BT, PRECISION)
+    if X is not None:
+        tl.store(dense(X + tile * BT * BT, BT, BT, BT), inverse.to(KIND))
+    inverse = (inverse * bt[None, :]).to(KIND)
+    for v0 in range(0, VP, BV):
+        value = load_rows(v + v0, v_t, left, V - v0, BT, BV, V == VP).to(KIND)
+        tl.store(dense(u + v0, BT, BV, VP), tl.dot(inverse, value, input_precision=PRECISION).to(KIND))
+    tl.debug_barrier()  # below, threads read what others of this program wrote above
+    for k0 in range(0, BK, KT):
+        decayed = tl.load(dense(w + k0, BT, KT, BK))
+        tl.debug_barrier()
+        tl.store(dense(w + k0, BT, KT, BK), tl.dot(inverse, decayed, input_precision=PRECISION).to(KIND))
 
 
 @triton.jit

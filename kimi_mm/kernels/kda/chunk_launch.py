@@ -21,19 +21,19 @@ from kimi_mm.kernels.kda.chunk_backward import gradients_kernel, scan_back_kerne
 from kimi_mm.kernels.kda.chunk_forward import inside_kernel, scan_kernel
 from kimi_mm.kernels.kda.chunk_ops import GATE_CODES
 
-# kernel -> operand width in bits -> padded K -> BV (tile of value channels), warps, software pipeline stages.
+# kernel -> operand width in bits -> padded K -> tiles of KT key and BV value channels, warps, pipeline stages.
 # A benchmark may write other values in here before the first call.
 CONFIGS: dict[str, dict[int, dict[int, dict[str, int]]]] = {
     "inside": {
         16: {
-            64: {"BV": 64, "num_warps": 4, "num_stages": 1},
-            128: {"BV": 64, "num_warps": 8, "num_stages": 1},
-            256: {"BV": 64, "num_warps": 8, "num_stages": 1},
+            64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+            128: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+            256: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
         },
         32: {
-            64: {"BV": 32, "num_warps": 8, "num_stages": 1},
-            128: {"BV": 32, "num_warps": 8, "num_stages": 1},
-            256: {"BV": 32, "num_warps": 8, "num_stages": 1},
+            64: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+            128: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+            256: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
         },
     },
     "scan": {
@@ -62,14 +62,14 @@ CONFIGS: dict[str, dict[int, dict[int, dict[str, int]]]] = {
     },
     "gradients": {
         16: {
-            64: {"BV": 64, "num_warps": 8, "num_stages": 1},
-            128: {"BV": 64, "num_warps": 8, "num_stages": 1},
-            256: {"BV": 64, "num_warps": 8, "num_stages": 1},
+            64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
+            128: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
+            256: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
         },
         32: {
-            64: {"BV": 32, "num_warps": 8, "num_stages": 1},
-            128: {"BV": 32, "num_warps": 8, "num_stages": 1},
-            256: {"BV": 32, "num_warps": 8, "num_stages": 1},
+            64: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+            128: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+            256: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
         },
     },
 }
@@ -117,6 +117,8 @@ class Plan:
     def config(self, kernel: str) -> dict[str, int]:
         chosen = dict(CONFIGS[kernel][self.bits][max(64, self.BK)])
         chosen["BV"] = min(chosen["BV"], self.VP)
+        if "KT" in chosen:
+            chosen["KT"] = min(chosen["KT"], self.BK)
         return chosen
 
     def shapes(self) -> dict[str, Any]:
@@ -283,18 +285,18 @@ def run_scan_back(
     d_initial: Tensor | None,
     places: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the state after each chunk [NC, HV, BK, VP] and of its deltas [NC, HV, BT, VP]."""
+    """Gradients of the state after each chunk [NC, HV, BK, VP], and Y [NC, HV, BT, VP]; see chunk_backward."""
     d_states = torch.empty(plan.NC, plan.HV, plan.BK, plan.VP, device=d_out.device, dtype=plan.kind)
-    d_deltas = torch.empty(plan.NC, plan.HV, plan.BT, plan.VP, device=d_out.device, dtype=plan.kind)
+    ys = torch.empty(plan.NC, plan.HV, plan.BT, plan.VP, device=d_out.device, dtype=plan.kind)
     config = plan.config("scan_back")
     stages = config.pop("num_stages")
     _launch(
         scan_back_kernel, (plan.VP // config["BV"], plan.HV, plan.N),
-        chunks.w, chunks.kg, chunks.qg, chunks.P, chunks.fade, d_out, d_final, *places[:3],
-        d_states, d_deltas, d_initial, plan.T, plan.per_row, plan.HV,
+        chunks.w, chunks.kg, chunks.qg, chunks.P, chunks.X, chunks.fade, d_out, d_final, *places[:3],
+        d_states, ys, d_initial, plan.T, plan.per_row, plan.HV,
         STAGES=stages, **plan.shapes(), **config,
     )  # fmt: skip
-    return d_states, d_deltas
+    return d_states, ys
 
 
 def run_gradients(
@@ -303,11 +305,11 @@ def run_gradients(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     places: tuple[Tensor | None, ...],
-    X: Tensor,
+    out: Tensor,
     states: tuple[Tensor, Tensor, Tensor, Tensor],
     d_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """(dq, dk, dv, dg, dbeta, dA_log, d dt_bias); `states` is (states, deltas, d_states, d_deltas)."""
+    """(dq, dk, dv, dg, dbeta, dA_log, d dt_bias); `states` is (states, deltas, d_states, ys)."""
     q, k, v, g, beta = inputs
     B, T, HV, K = g.shape
     grouped = HV != plan.H
@@ -318,10 +320,11 @@ def run_gradients(
     parts = torch.zeros if plan.varlen else torch.empty  # spare chunks write nothing
     dA = None if A_log is None else parts(plan.NC, HV, device=v.device)
     dbias = None if dt_bias is None else parts(plan.NC, HV, K, device=v.device)
+    pairs = make(plan.NC, HV, 2, plan.BT, plan.BT, dtype=plan.kind)
     _launch(
         gradients_kernel, (plan.NC, plan.HV),
         *inputs, A_log, dt_bias, *places,
-        X, *states, d_out, dq, dk, dv, dg, dbeta, dA, dbias,
+        out, *states, d_out, dq, dk, dv, dg, dbeta, dA, dbias, pairs,
         *strides(*inputs), plan.scale, plan.lower, plan.T, plan.per_row, plan.HV,
         H=plan.H, LEVELS=plan.levels, SUB=plan.sub, GATE=plan.gate, NORM=plan.norm, SIGMOID=plan.sigmoid,
         **plan.shapes(), **plan.config("gradients"),

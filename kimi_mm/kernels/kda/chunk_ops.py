@@ -48,54 +48,64 @@ def place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT: tl.constex
 
 
 @triton.jit
-def load_rows(base, stride, left, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """[BT, BD] tile from `base`; rows from `left` on and columns from D on read as zero."""
+def row_tile(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr) -> Any:
+    """Pointers and mask of a [BT, BD] tile: rows before `left`, columns before `width`, which EVEN says is BD or more."""
     row = tl.arange(0, BT)[:, None]
     col = tl.arange(0, BD)[None, :]
-    if D >= BD:
-        mask = row < left
+    at = base + row * stride + col
+    if EVEN:
+        return at, (row < left) & (col >= 0)
     else:
-        mask = (row < left) & (col < D)
-    return tl.load(base + row * stride + col, mask=mask, other=0.0)
+        return at, (row < left) & (col < width)
 
 
 @triton.jit
-def store_rows(base, stride, left, tile, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    row = tl.arange(0, BT)[:, None]
-    col = tl.arange(0, BD)[None, :]
-    if D >= BD:
-        mask = row < left
-    else:
-        mask = (row < left) & (col < D)
-    tl.store(base + row * stride + col, tile.to(base.dtype.element_ty), mask=mask)
+def load_rows(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr) -> Any:
+    at, mask = row_tile(base, stride, left, width, BT, BD, EVEN)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def square(base, R: tl.constexpr, S: tl.constexpr):
-    """Pointers of a dense [R, S] tile."""
-    return base + tl.arange(0, R)[:, None] * S + tl.arange(0, S)[None, :]
+def store_rows(base, stride, left, width, tile, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
+    at, mask = row_tile(base, stride, left, width, BT, BD, EVEN)
+    tl.store(at, tile.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def unit_rows(x, NORM: tl.constexpr):
-    """1 / |x| per row, or ones."""
+def dense(base, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr) -> Any:
+    """Pointers of a [ROWS, COLS] tile in a dense workspace."""
+    return base + tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, COLS)[None, :]
+
+
+@triton.jit
+def inverse_norm(
+    x, stride, left, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, NORM: tl.constexpr
+) -> Any:
+    """1 / |x| for each row of K channels, or ones; [BT]."""
     if NORM:
-        return tl.rsqrt(tl.sum(x * x, 1) + L2_EPS)
+        total = tl.zeros((BT,), tl.float32)
+        for k0 in range(0, BK, KT):
+            tile = load_rows(x + k0, stride, left, K - k0, BT, KT, K == BK).to(tl.float32)
+            total += tl.sum(tile * tile, 1)
+        return tl.rsqrt(total + L2_EPS)
     else:
-        return tl.sum(x, 1) * 0.0 + 1.0
+        return tl.full((BT,), 1.0, tl.float32)
 
 
 @triton.jit
-def gate_logits(raw, dt_bias, hv, K: tl.constexpr, BK: tl.constexpr):
+def gate_logits(raw, dt_bias, width, BD: tl.constexpr, EVEN: tl.constexpr) -> Any:
     z = raw.to(tl.float32)
     if dt_bias is not None:
-        col = tl.arange(0, BK)
-        z += tl.load(dt_bias + hv * K + col, mask=col < K, other=0.0).to(tl.float32)[None, :]
+        col = tl.arange(0, BD)
+        if EVEN:
+            z += tl.load(dt_bias + col).to(tl.float32)[None, :]
+        else:
+            z += tl.load(dt_bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
     return z
 
 
 @triton.jit
-def gate_rate(A_log, hv):
+def gate_rate(A_log, hv) -> Any:
     if A_log is not None:
         return tl.exp(tl.load(A_log + hv).to(tl.float32))
     else:
@@ -115,16 +125,17 @@ def log_decay(z, rate, lower, GATE: tl.constexpr):
 
 @triton.jit
 def running_decay(
-    g, stride, left, A_log, dt_bias, hv, lower, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr
-):
-    """G [BT, BK], inclusive sum of the log2-decay; rows past the end do not decay."""
-    z = gate_logits(load_rows(g, stride, left, K, BT, BK), dt_bias, hv, K, BK)
-    decay = log_decay(z, gate_rate(A_log, hv), lower * LOG2E, GATE)
-    if GATE != BOUNDED:
-        decay *= LOG2E
-    row = tl.arange(0, BT)[:, None]
-    col = tl.arange(0, BK)[None, :]
-    return tl.cumsum(tl.where((row < left) & (col < K), decay, 0.0), 0)
+    g, stride, left, width, dt_bias, rate, lower, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
+    GATE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """G [BT, BD], inclusive sum of the log2-decay; rows past the end and channels past `width` do not decay."""
+    at, mask = row_tile(g, stride, left, width, BT, BD, EVEN)
+    z = gate_logits(tl.load(at, mask=mask, other=0.0), dt_bias, width, BD, EVEN)
+    if GATE == BOUNDED:
+        decay = log_decay(z, rate, lower * LOG2E, GATE)
+    else:
+        decay = log_decay(z, rate, lower, GATE) * LOG2E
+    return tl.cumsum(tl.where(mask, decay, 0.0), 0)
 
 
 @triton.jit

@@ -146,11 +146,11 @@ def _forward_fake(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths
 @torch.library.custom_op(
     "kimi_mm::chunk_kda_backward",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, {OPTIONS}, int chunk, Tensor d_out, "
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, {OPTIONS}, int chunk, Tensor out, Tensor d_out, "
     f"Tensor? d_final, {', '.join(f'Tensor kept_{n}' for n in range(KEPT))}) -> ({', '.join(['Tensor'] * 8)})",
 )
 def _backward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *rest):  # type: ignore[no-untyped-def]
-    options, (chunk, d_out, d_final, *kept) = rest[:6], rest[6:]
+    options, (chunk, out, d_out, d_final, *kept) = rest[:6], rest[6:]
     plan = _plan(q, v, cu_seqlens, options, chunk)
     places = _places(plan, cu_seqlens, lengths)
     inputs = (q, k, v, g, beta)
@@ -162,13 +162,11 @@ def _backward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *r
         else:
             chunks = run_inside(plan, inputs, A_log, dt_bias, places, keep_X=True)
             states, deltas = run_scan(plan, chunks, initial, places, out=None, final=None, keep_states=True)
-        d_states, d_deltas = run_scan_back(plan, chunks, d_out.contiguous(), d_final, d_initial, places)
-        assert chunks.X is not None
+        d_out = d_out.contiguous()
+        d_states, ys = run_scan_back(plan, chunks, d_out, d_final, d_initial, places)
         assert states is not None
         assert deltas is not None
-        gradients = run_gradients(
-            plan, inputs, A_log, dt_bias, places, chunks.X, (states, deltas, d_states, d_deltas), d_out.contiguous()
-        )
+        gradients = run_gradients(plan, inputs, A_log, dt_bias, places, out, (states, deltas, d_states, ys), d_out)
     return tuple(q.new_empty(0) if x is None else x for x in (*gradients, d_initial))
 
 
@@ -180,7 +178,7 @@ def _backward_fake(q, k, v, g, beta, A_log, dt_bias, initial, *rest):  # type: i
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, gate, bounded, lower, scale, norm, sigmoid, want_final, chunk, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, output[0], *output[2:])
     ctx.options = (gate, bounded, lower, scale, norm, sigmoid, chunk)
     ctx.want_final = want_final
     ctx.mark_non_differentiable(*output[2:])
@@ -188,15 +186,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    (*tensors_and_kept,) = ctx.saved_tensors
-    tensors, kept = tensors_and_kept[:10], tensors_and_kept[10:]
+    saved = ctx.saved_tensors
+    tensors, out, kept = saved[:10], saved[10], saved[11:]
     *options, chunk = ctx.options
     v = tensors[2]
     if d_out is None:
         d_out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     if d_final is not None:
         d_final = d_final.contiguous() if ctx.want_final else None
-    gradients = torch.ops.kimi_mm.chunk_kda_backward(*tensors, *options, chunk, d_out, d_final, *kept)
+    gradients = torch.ops.kimi_mm.chunk_kda_backward(*tensors, *options, chunk, out, d_out, d_final, *kept)
     needed = (None if x is None or not x.numel() else x for x in gradients)
     *most, d_initial = (x if need else None for x, need in zip(needed, ctx.needs_input_grad[:8], strict=True))
     return (*most, d_initial, *(None,) * 11)
