@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_mm.data.targets import CANONICAL, TargetClip, write_target_shard
+
 _WORDS = [
     "one",
     "two",
@@ -52,3 +54,20 @@ def write_debug_data(folder: Path, count: int = 48, seed: int = 0) -> tuple[Path
     lines = "".join(json.dumps({"id": row["id"], "text": row["text"]}) + "\n" for row in rows)
     texts.write_bytes(gzip.compress(lines.encode(), mtime=0))
     return speech, texts
+
+
+def write_debug_targets(folder: Path, count: int = 24, seed: int = 0) -> Path:
+    """Writes `folder/targets`, one shard of buzzes in two voices, heard in a third one; returns its path."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(4800 * 4) / 24_000
+    clips = []
+    for number in range(count):
+        pitch = rng.choice([110.0, 147.0, 196.0])
+        voice, octave = (CANONICAL, 1.0) if number % 3 else ("hibari-morph-000", 0.5)
+        target, heard = (
+            sum(np.sin(2 * np.pi * pitch * factor * h * t) / h for h in range(1, 9)) * 3000
+            for factor, t in ((octave, time), (0.8, time[: len(time) * 2 // 3] * 1.5))
+        )
+        clips.append(TargetClip(f"debug-{number}", "buzz", f"{voice}:debug", *map(np.int16, (target, heard))))
+    write_target_shard(folder / "targets", 0, clips)
+    return folder / "targets"
