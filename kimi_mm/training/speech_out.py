@@ -1,0 +1,168 @@
+"""What the stages of speech output minimise.
+
+    detokenizer   heard 16 kHz ─► tokenizer (frozen) ─► codes ─┐
+                  target 24 kHz ─► mel ─► path to noise ───────┴► DiT: [noisy | clean] under the chunk mask ─► velocity
+    vocoder       target 24 kHz ─► mel ─► vocoder ─► wave ─► spectra, and discriminators against the target
+
+Shapes: B rows, N codes, T = 4 N mel frames, C chunks, M mel bins, S samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from kimi_mm.audio.detokenizer import Detokenizer
+from kimi_mm.audio.dit import CLEAN
+from kimi_mm.audio.flow import flow_path
+from kimi_mm.audio.vocoder import Vocoder
+from kimi_mm.config import ConfigError
+from kimi_mm.data.augment import augment
+from kimi_mm.data.resample import to_16k
+from kimi_mm.data.target_loader import TargetBatch
+from kimi_mm.model import Model
+from kimi_mm.training.discriminators import Discriminators, discriminator_loss, generator_loss
+from kimi_mm.training.recipe import Recipe
+from kimi_mm.training.spectral import SpectralDistance
+from kimi_mm.training.speech_out_config import FlowTrainingConfig
+
+Losses = dict[str, torch.Tensor]
+
+
+class FlowObjective(nn.Module):
+    """Conditional flow matching of mel given codes, all chunks of a row at once.
+
+    Each noisy chunk sees the clean frames of the chunks before it, as a stream sees them in its cache.
+    """
+
+    def __init__(self, model: Model, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe, self.config = recipe, recipe.flow
+        detokenizer = _detokenizer(model)
+        self.dit, self.mel = detokenizer.dit, detokenizer.mel
+        self.sigma_min = detokenizer.config.sigma_min
+        # Frozen, and kept out of the optimiser and of train() by not being a submodule.
+        self._tokenizer = [model.audio.eval().requires_grad_(False)]
+
+    def forward(self, batch: TargetBatch, augmented: bool) -> Losses:
+        target = batch.targets.float() / 32768
+        codes = self._codes(batch, target, augmented)
+        mel = self.mel.normalize(self.mel(target))
+        chunks = draw_chunks(codes.shape[1], self.config, self.dit.frames_per_code)
+        unjudged, count = self._prompt_frames(chunks), int(chunks[-1]) + 1
+        chunks = chunks.to(mel.device, non_blocking=True)
+        rows, drop = len(mel), self.config
+        noise = torch.randn_like(mel)
+        time = torch.rand(rows, count, device=mel.device)[:, chunks]
+        noisy, velocity = flow_path(mel, noise, time[..., None], self.sigma_min)
+
+        lost = torch.rand(rows, 1, device=mel.device) < drop.code_dropout
+        unknown = torch.rand(rows, 1, device=mel.device) < drop.prompt_dropout
+        places = torch.arange(codes.shape[1], device=mel.device) * self.dit.frames_per_code
+        null = torch.full_like(codes, self.dit.null_code)
+        drawn_from = torch.where(lost, null, codes)
+        past = torch.where(unknown & (places < unjudged), null, codes)
+
+        x = torch.cat([noisy, mel], 1)
+        times = torch.cat([time, torch.full_like(time, CLEAN)], 1)
+        cond = torch.cat([self.dit.condition(drawn_from), self.dit.condition(past)], 1)
+        guess = self.dit(x, times, cond, self.dit.chunk_context(chunks))[:, : mel.shape[1]]
+        error = (guess.float() - velocity).square().mean(-1)
+        judged = batch.canonical[:, None] | (torch.arange(mel.shape[1], device=mel.device) >= unjudged)
+        loss = (error * judged).sum() / judged.sum().clamp_min(1)
+        late = judged & (time > 0.5)
+        return {"loss": loss, "flow": loss, "flow_late": (error * late).sum() / late.sum().clamp_min(1)}
+
+    @torch.no_grad()
+    def _codes(self, batch: TargetBatch, target: torch.Tensor, augmented: bool) -> torch.Tensor:
+        """Codes [B, N] of the other voice, or of the target itself where the batch says so."""
+        tokenizer = self._tokenizer[0]
+        heard = torch.where(batch.own[:, None], to_16k(target), batch.heard.float() / 32768)
+        if augmented:
+            lengths = torch.full((len(heard),), heard.shape[1], device=heard.device)
+            heard = augment(heard, lengths, self.recipe.augment)
+        features = tokenizer.features_from_wave(heard)
+        return tokenizer.quantize(features).codes
+
+    def _prompt_frames(self, chunks: torch.Tensor) -> int:
+        """Frames before which other voices are not judged: the first end of a chunk after `prompt_seconds`."""
+        rate = self.mel.config.sample_rate / self.mel.config.hop_length
+        first = min(int(self.config.prompt_seconds * rate), len(chunks) - 1)
+        return int((chunks <= chunks[first]).sum())
+
+
+def draw_chunks(codes: int, config: FlowTrainingConfig, frames_per_code: int) -> torch.Tensor:
+    """Cuts a row into chunks of random length; returns the chunk number of each frame, [codes * frames_per_code]."""
+    if torch.rand(()) < config.whole_share:
+        return torch.zeros(codes * frames_per_code, dtype=torch.long)
+    sizes: list[int] = []
+    while sum(sizes) < codes:
+        size = int(torch.randint(config.min_chunk_codes, config.max_chunk_codes + 1, ()))
+        sizes.append(min(size, codes - sum(sizes)))
+    numbers = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return numbers.repeat_interleave(frames_per_code)
+
+
+class VocoderObjective(nn.Module):
+    """Spectral losses from the start; adversarial ones join with the trainer's second phase.
+
+    Vocoder and discriminators are trained in one step of one optimiser, which treats each parameter by itself: the
+    gradients are kept apart by judging detached waves for the one, and with detached discriminators for the other.
+    """
+
+    def __init__(self, model: Model, recipe: Recipe) -> None:
+        super().__init__()
+        detokenizer = _detokenizer(model)
+        if not isinstance(detokenizer.vocoder, Vocoder):
+            raise ConfigError("detokenizer.vocoder: the vocoder stage trains this kind only, not bigvgan.")
+        self.config = recipe.vocoder
+        self.mel, self.vocoder = detokenizer.mel, detokenizer.vocoder
+        self.distance = SpectralDistance(detokenizer.sample_rate)
+        self.discriminators = Discriminators(self.config.periods, self.config.resolutions, self.config.channels)
+        judged = recipe.target.row_codes * detokenizer.config.samples_per_code - self.unjudged - self.vocoder.delay
+        if judged < 4096:
+            raise ConfigError(
+                f"target.row_seconds={recipe.target.row_seconds}: too short, the vocoder's first "
+                f"{(self.unjudged + self.vocoder.delay) / detokenizer.sample_rate:.2f} s cannot be judged."
+            )
+
+    @property
+    def unjudged(self) -> int:
+        """Samples at the start of a row that depend on what lies before it."""
+        return self.vocoder.receptive_frames * self.vocoder.hop
+
+    def forward(self, batch: TargetBatch, adversarial: bool) -> Losses:
+        real = batch.targets.float() / 32768
+        mel = self.mel(real)
+        mel = mel + self.config.mel_noise * torch.randn_like(mel)
+        raw, _ = self.vocoder.run(mel, self.vocoder.training_past(len(mel)))
+        real = real[:, self.unjudged : real.shape[1] - self.vocoder.delay]
+        fake = raw[:, self.unjudged + self.vocoder.delay :]
+        weights = self.config
+        losses = {"mel": self.distance.mel(fake, real), "stft": self.distance.stft(fake, real)}
+        loss = weights.mel_weight * losses["mel"] + weights.stft_weight * losses["stft"]
+        if adversarial:
+            judged_real = self.discriminators(real)
+            losses["discriminator"] = discriminator_loss(judged_real, self.discriminators(fake.detach()))
+            frozen = {name: p.detach() for name, p in self.discriminators.named_parameters()}
+            judged_fake = functional_call(self.discriminators, frozen, (fake,))
+            losses["generator"], losses["features"] = generator_loss(judged_real, judged_fake)
+            loss = loss + weights.adversarial_weight * losses["generator"] + weights.feature_weight * losses["features"]
+            loss = loss + losses["discriminator"]
+        return {"loss": loss, **losses}
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters whose gradients are clipped apart from each other."""
+        return [list(self.vocoder.parameters()), list(self.discriminators.parameters())]
+
+
+def build_speech_out(model: Model, recipe: Recipe) -> nn.Module:
+    """Returns the objective of the stages "detokenizer" and "vocoder"."""
+    return FlowObjective(model, recipe) if recipe.stage == "detokenizer" else VocoderObjective(model, recipe)
+
+
+def _detokenizer(model: Model) -> Detokenizer:
+    if model.detokenizer is None:
+        raise ConfigError("this stage needs a model with a detokenizer; name its file in the recipe: detokenizer: ...")
+    return model.detokenizer
