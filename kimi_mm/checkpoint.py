@@ -102,8 +102,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     return model.to(device).eval(), tokenizer
 
 
-def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "") -> None:
-    """Copies a checkpoint's tensors (those that start with `prefix`, which is cut off) into a module, all or error."""
+def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "", optional: tuple[str, ...] = ()) -> None:
+    """Copies a checkpoint's tensors (those that start with `prefix`, which is cut off) into a module, all or error.
+
+    Parts of the module whose names start with one of `optional` may be missing; they keep their values.
+    """
     wanted = model.state_dict()
     seen = set()
     for name, tensor, file in read_tensors(path):
@@ -119,7 +122,7 @@ def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "") -> Non
         with torch.no_grad():
             wanted[key].copy_(tensor)
         seen.add(key)
-    missing = sorted(name for name in set(wanted) - seen if not name.endswith(_TRAINING_ONLY))
+    missing = sorted(n for n in set(wanted) - seen if not n.endswith(_TRAINING_ONLY) and not n.startswith(optional))
     if missing:
         raise CheckpointError(f"{path}: tensor '{prefix}{missing[0]}' is missing ({len(missing)} in all).")
     for module in model.modules():

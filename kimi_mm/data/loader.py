@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -301,14 +302,14 @@ class Prefetcher:
     loader itself is already ahead.
     """
 
-    def __init__(self, loader: SpeechLoader | TextLoader, depth: int = 4) -> None:
+    def __init__(self, loader: Any, depth: int = 4) -> None:
         self.state = loader.state_dict()
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(loader,), daemon=True)
         self._thread.start()
 
-    def _fill(self, loader: SpeechLoader | TextLoader) -> None:
+    def _fill(self, loader: Any) -> None:
         try:
             for batch in loader:
                 if not self._put((batch, loader.state_dict())):
@@ -325,7 +326,7 @@ class Prefetcher:
                 continue
         return False
 
-    def next(self) -> SpeechBatch | TextBatch:
+    def next(self) -> Any:
         batch, state = self._queue.get()
         if isinstance(batch, Exception):
             raise batch

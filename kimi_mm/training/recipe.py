@@ -12,10 +12,13 @@ from typing import Any
 
 import yaml
 
+from kimi_mm.audio.detokenizer_config import DetokenizerConfig
 from kimi_mm.config import Config, ConfigError, ModelConfig
 from kimi_mm.data.augment import AugmentConfig
+from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig, VocoderTrainingConfig
 
-STAGES = ("tokenizer", "text", "asr")
+STAGES = ("tokenizer", "text", "asr", "detokenizer", "vocoder")
+SPEECH_OUT = ("detokenizer", "vocoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +84,13 @@ class Recipe(Config):
     """One training run.
 
     Args:
-        stage: "tokenizer" (encoder distillation and quantizer), "text" (language model), "asr" (speech to text).
+        stage: "tokenizer" (encoder distillation and quantizer), "text" (language model), "asr" (speech to text),
+            "detokenizer" (codes to mel by flow matching), "vocoder" (mel to wave).
         model: model file below `recipes/`, for instance "models/nano.yaml".
+        detokenizer: file of the detokenizer that the model gets, below `recipes/` ("": what the model file says).
         init: checkpoint folder to start from ("" starts from random weights).
         init_audio: checkpoint folder whose audio tokenizer replaces that of `init`.
+        init_vocoder: checkpoint folder whose vocoder replaces that of `init`.
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
         stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
         cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
@@ -95,8 +101,10 @@ class Recipe(Config):
 
     stage: str
     model: str
+    detokenizer: str = ""
     init: str = ""
     init_audio: str = ""
+    init_vocoder: str = ""
     whisper: str = ""
     tokenizer: str = ""
     seed: int = 0
@@ -118,7 +126,10 @@ class Recipe(Config):
     speech: SpeechDataConfig = field(default_factory=SpeechDataConfig)
     text: TextDataConfig = field(default_factory=TextDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    augment_from: float = 0.0  # share of the steps before augmentation starts
+    augment_from: float = 0.0  # share of the steps before augmentation starts, or the vocoder's discriminators join
+    target: TargetDataConfig = field(default_factory=TargetDataConfig)
+    flow: FlowTrainingConfig = field(default_factory=FlowTrainingConfig)
+    vocoder: VocoderTrainingConfig = field(default_factory=VocoderTrainingConfig)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -162,7 +173,10 @@ def load_recipe(name: str, *, debug: bool = False, overrides: list[str] | None =
         at[last] = _number(yaml.safe_load(value)) if value else ""
         _merge(values, nested)
     recipe = Recipe.from_dict(values, where=str(path))
-    return recipe, ModelConfig.from_yaml(_find(recipe.model))
+    model = ModelConfig.from_yaml(_find(recipe.model))
+    if recipe.detokenizer:
+        model = model.replace(detokenizer=DetokenizerConfig.from_yaml(_find(recipe.detokenizer)))
+    return recipe, model
 
 
 def _find(name: str) -> Path:

@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
-from kimi_mm.data.debug import write_debug_data
+from kimi_mm.data.debug import write_debug_data, write_debug_targets
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
+from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
 from kimi_mm.processing import Processor
 from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.training.objectives import build_objective
-from kimi_mm.training.recipe import Recipe, load_recipe
+from kimi_mm.training.recipe import SPEECH_OUT, Recipe, load_recipe
+from kimi_mm.training.speech_out import build_speech_out
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +61,29 @@ def train(
     processor = Processor(config.vocab, tokenizer)
     model = Model(config)
     if settings.init:
-        load_tensors(model, Path(settings.init))
+        # A voice may be given to a model that had none.
+        load_tensors(model, Path(settings.init), optional=("detokenizer.",) if settings.stage in SPEECH_OUT else ())
     if settings.init_audio:
         load_tensors(model.audio, Path(settings.init_audio), prefix="audio.")
+    if settings.init_vocoder and model.detokenizer is not None:
+        load_tensors(model.detokenizer.vocoder, Path(settings.init_vocoder), prefix="detokenizer.vocoder.")
     teacher = _teacher(settings, config)
     if teacher is not None and not settings.init:
         model.audio.encoder.load_state_dict(teacher.state_dict())
-    speech = SpeechLoader(settings.speech, processor, settings.seed) if settings.stage != "text" else None
-    if settings.stage == "asr" and speech is not None and not all(item.text for item in speech.shards.utterances):
+    speech = _speech(settings, processor)
+    heard = speech.shards.utterances if isinstance(speech, SpeechLoader) else []
+    if settings.stage == "asr" and not all(item.text for item in heard):
         folders = ", ".join(settings.speech.folders)
         raise CheckpointError(f"{folders}: holds speech without transcripts; the asr stage needs text.")
     needs_text = settings.stage == "text" or (settings.stage == "asr" and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
-    objective = build_objective(model, settings, teacher)
+    if settings.stage in SPEECH_OUT:
+        objective = build_speech_out(model, settings)
+    else:
+        objective = build_objective(model, settings, teacher)
     trainer = Trainer(settings, objective, speech, text, output)
     model.to(trainer.accelerator.device)
-    if teacher is not None and trainer.step == 0 and speech is not None:
+    if teacher is not None and trainer.step == 0 and isinstance(speech, SpeechLoader):
         _seed_codebook(model, speech)
     numbers = trainer.train(resume=resume)
     if trainer.accelerator.is_main_process:
@@ -84,11 +93,22 @@ def train(
     return numbers
 
 
+def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader | None:
+    """Opens the loader that the stage's sound comes from."""
+    if recipe.stage == "text":
+        return None
+    if recipe.stage in SPEECH_OUT:
+        return TargetLoader(recipe.target, recipe.seed)
+    return SpeechLoader(recipe.speech, processor, recipe.seed)
+
+
 def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
     """Puts a made-up corpus in the place of data that the recipe's debug size calls "debug"."""
     speech, texts = write_debug_data(folder)
     if recipe.speech.folders == ("debug",):
         recipe = recipe.replace(speech=recipe.speech.replace(folders=(str(speech),)))
+    if recipe.target.folders == ("debug",):
+        recipe = recipe.replace(target=recipe.target.replace(folders=(str(write_debug_targets(folder)),)))
     if recipe.text.path == "debug":
         recipe = recipe.replace(text=recipe.text.replace(path=str(texts)))
     return recipe

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextBatch, TextLoader
+from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.text.backbone import Backbone
 from kimi_mm.training import qk_clip
 from kimi_mm.training.muon import Muon, is_hidden_matrix
@@ -74,7 +75,12 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, objective: nn.Module, speech: SpeechLoader | None, text: TextLoader | None, run: Path
+        self,
+        recipe: Recipe,
+        objective: nn.Module,
+        speech: SpeechLoader | TargetLoader | None,
+        text: TextLoader | None,
+        run: Path,
     ) -> None:
         self.recipe, self.run = recipe, run
         self.accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
@@ -144,7 +150,7 @@ class Trainer:
             with self.accelerator.autocast():
                 losses = self._losses(batch)
             self.accelerator.backward(losses["loss"] / recipe.gradient_accumulation)
-        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), recipe.optim.grad_clip)
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers = {name: value.detach() for name, value in losses.items()}
@@ -157,6 +163,13 @@ class Trainer:
         if norm is not None:
             numbers["grad_norm"] = torch.as_tensor(norm).detach()
         return numbers
+
+    def _clip(self) -> Any:
+        """Clips gradients, by `clip_groups` where an objective has parts that do not share a loss; returns a norm."""
+        groups = getattr(self.accelerator.unwrap_model(self.objective), "clip_groups", None)
+        parts = [self.objective.parameters()] if groups is None else groups()
+        norms = [self.accelerator.clip_grad_norm_(part, self.recipe.optim.grad_clip) for part in parts]
+        return norms[0]
 
     def _progress(self) -> int:
         """Returns the step that the schedule is at; by the clock, where the recipe says so and that is further."""
