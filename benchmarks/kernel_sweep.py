@@ -1,0 +1,122 @@
+"""Searches better block sizes for one operation: every number of its tables is halved, doubled or moved, one by one.
+
+Where a module has ENGINES, who multiplies ("torch" or "triton") is tried as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.kernel_cases import Case
+from benchmarks.timing import Ceilings, Timer
+
+Leaf = dict[str, Any]
+GAIN = 0.985  # a change has to be this much faster to stay
+
+
+def sweep(case: Case, timer: Timer, ceilings: Ceilings, seconds: float) -> None:
+    """Walks downhill from the shipped sizes and prints every trial, then what to write into the tables.
+
+    Args:
+        case: only its column "ours" runs.
+        seconds: no new trial starts after this many.
+    """
+    start = time.monotonic()
+    run = timer.replayed if timer.device == "cuda" else timer.eager
+    column = "ours" if timer.device == "cuda" else "reference"
+    call = case.columns[column]()
+
+    def measure() -> float:
+        call()
+        return run(call, case.flush)
+
+    best = measure()
+    floor = ceilings.floor(case.moved, case.flops)
+    print(f"{case.title}: {best:.4f} ms as shipped, floor {floor:.4f} ms")
+    leaves = [leaf for leaf in _leaves(case.tables) if _matters(leaf[1], call)]
+    print(f"tables in use: {', '.join(path for path, _ in leaves) or 'none'}")
+    changed: dict[str, Leaf] = {}
+    for path, leaf in leaves:
+        for key in list(leaf):
+            for candidate in _neighbours(key, leaf[key]):
+                if time.monotonic() - start > seconds:
+                    print(f"stopped after {seconds:.0f} s")
+                    _summary(changed, best)
+                    return
+                best = _try(path, leaf, key, candidate, best, measure, changed)
+    _summary(changed, best)
+
+
+def _try(
+    path: str, leaf: Leaf, key: str, candidate: Any, best: float, measure: Callable[[], float], changed: dict[str, Leaf]
+) -> float:
+    kept = leaf[key]
+    leaf[key] = candidate
+    try:
+        taken = measure()
+    except Exception as error:  # too much shared memory, or sizes that a kernel cannot take
+        lines = str(error).strip().splitlines()
+        print(f"    {path} {key} {kept} -> {candidate}: {type(error).__name__} {lines[0][:80] if lines else ''}")
+        leaf[key] = kept
+        return best
+    print(f"    {path} {key} {kept} -> {candidate}: {taken:.4f} ms{' kept' if taken < GAIN * best else ''}")
+    if taken < GAIN * best:
+        changed[path] = leaf
+        return taken
+    leaf[key] = kept
+    return best
+
+
+def _summary(changed: dict[str, Leaf], best: float) -> None:
+    print(f"best: {best:.4f} ms")
+    for path, leaf in changed.items():
+        print(f"    {path} = {leaf}")
+    if not changed:
+        print("    the shipped sizes stay")
+
+
+def _leaves(modules: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
+    for name in modules:
+        module, short = importlib.import_module(name), name.removeprefix("kimi_mm.kernels.")
+        for table in ("ENGINES", "CONFIGS"):
+            yield from _walk(f"{short}.{table}", getattr(module, table, {}))
+
+
+def _walk(path: str, table: dict[Any, Any]) -> Iterator[tuple[str, Leaf]]:
+    if not any(isinstance(value, dict) for value in table.values()):
+        if table:
+            yield path, table
+        return
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _walk(f"{path}[{key!r}]", value)
+
+
+def _matters(leaf: Leaf, call: Callable[[], object]) -> bool:
+    """True if the operation uses this entry: zeros in it then make the call fail before any launch."""
+    if any(isinstance(value, str) for value in leaf.values()):
+        return True
+    kept = dict(leaf)
+    leaf.update(dict.fromkeys(leaf, 0))
+    try:
+        call()
+    except Exception:
+        return True
+    finally:
+        leaf.update(kept)
+    return False
+
+
+def _neighbours(key: str, value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return ["triton" if value == "torch" else "torch"]
+    if isinstance(value, bool):
+        return [not value]
+    if key == "num_stages":
+        return [stages for stages in (value - 1, value + 1, value + 2) if 1 <= stages <= 6]
+    if key == "num_warps":
+        return [warps for warps in (value // 2, value * 2) if 1 <= warps <= 16]
+    return [size for size in (value // 2, value * 2) if size >= 1]
