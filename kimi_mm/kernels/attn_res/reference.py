@@ -4,6 +4,7 @@
 
 `attn_res_mix` does it in one go. `attn_res_begin` and `attn_res_finish` split it: the finished blocks are read once
 for all sublayers of the coming block, and the running partial sum is merged in afterwards by online softmax.
+`attn_res_mix_norm` and `attn_res_finish_norm` go on with the RMS norm of the next sublayer.
 
 Shapes:  n sources  S queries  D channels  ... any leading shape (batch, time)
 """
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,6 +39,29 @@ def attn_res_mix(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor, 
     if torch.is_grad_enabled():
         return _Mix.apply(query, norm_weight, eps, *sources)  # type: ignore[return-value]
     return _mix(torch.stack(list(sources)), query, norm_weight, eps)[0].to(sources[0].dtype)
+
+
+def attn_res_mix_norm(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    out_weight: Tensor,
+    out_eps: float,
+) -> Tensor:
+    """`attn_res_mix` and the RMS norm that stands before the next sublayer.
+
+    Args:
+        sources, query, norm_weight, eps: as in `attn_res_mix`.
+        out_weight: [D], weight of the norm of the result. out_eps: added to its mean square.
+
+    Returns:
+        [..., D] in the dtype of the sources; the norm is fp32 inside.
+
+    Raises:
+        ValueError: without a source.
+    """
+    return _rms_norm(attn_res_mix(sources, query, norm_weight, eps), out_weight, out_eps, sources[0].dtype)
 
 
 def attn_res_begin(
@@ -79,6 +104,32 @@ def attn_res_finish(
     return (old[..., None] * mixed + new[..., None] * last) / (old * total + new)[..., None]
 
 
+def attn_res_finish_norm(
+    mixed: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    partial: Tensor | None,
+    query: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    out_weight: Tensor,
+    out_eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`attn_res_finish` and the RMS norm that stands before the next sublayer.
+
+    Args:
+        mixed, peak, total, partial, query, norm_weight, eps: as in `attn_res_finish`.
+        out_weight: [D], weight of the norm of the result. out_eps: added to its mean square.
+        dtype: of the result; None is that of mixed.
+
+    Returns:
+        [..., D] in `dtype`.
+    """
+    result = attn_res_finish(mixed, peak, total, partial, query, norm_weight, eps)
+    return _rms_norm(result, out_weight, out_eps, dtype or mixed.dtype)
+
+
 class _Mix(torch.autograd.Function):
     """Keeps the sources themselves and two numbers per source and token; the stacked copy is rebuilt in backward."""
 
@@ -117,6 +168,11 @@ def _mix(stacked: Tensor, query: Tensor, norm_weight: Tensor, eps: float) -> tup
     if weights.numel() == weights.shape[0]:  # one token: a single product beats two passes
         return torch.mv(V.view(V.shape[0], -1).t(), weights.flatten()).view(V.shape[1:]), weights, inverse_rms
     return (V * weights[..., None]).sum(0), weights, inverse_rms
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    x = _inner(x)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(dtype)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -195,8 +195,8 @@ def _runs(rows: int, columns: int, config: dict[str, int]) -> tuple[int, int]:
     """Programs along the rows, and how often each takes ROWS of them: about `programs` in all."""
     batches = triton.cdiv(rows, config["ROWS"])
     wanted = max(1, config.pop("programs") // max(columns, 1))
-    steps = max(1, triton.cdiv(batches, wanted))
-    return triton.cdiv(batches, steps), steps
+    steps = max(1, int(triton.cdiv(batches, wanted)))
+    return int(triton.cdiv(batches, steps)), steps
 
 
 def _sequences(cu_seqlens: Tensor | None, T: int) -> Tensor | None:

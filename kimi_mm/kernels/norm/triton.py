@@ -29,7 +29,7 @@ CONFIGS = {
     "forward": {"elements": 4096, "num_warps": 4},
     "backward": {"elements": 2048, "num_warps": 4, "programs": 1024},
 }
-MAX_CHANNELS = 16384
+MAX_CHANNELS = 8192
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,7 +38,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     Float64 takes the reference.
 
     Args:
-        x: [..., D], normalised over D, at most 16384 channels.
+        x: [..., D], normalised over D, at most 8192 channels.
         gate: [..., D] logits.
         weight: [D].
         eps: added to the mean square.
