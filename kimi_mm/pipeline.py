@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kimi_mm.audio.detokenizer import Detokenizer
 from kimi_mm.audio.io import read_audio, to_mono_16k
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.audio.tokenizer import AudioTokenizer
@@ -63,6 +64,15 @@ class KimiMM:
     def tokenizer(self) -> AudioTokenizer:
         """The 12.5 Hz audio tokenizer."""
         return self.model.audio
+
+    @property
+    def detokenizer(self) -> Detokenizer:
+        """Codes to 24 kHz speech. UserError when the model has no voice."""
+        if self.model.detokenizer is None:
+            raise UserError(
+                f"model '{self.config.name}' has no voice; take a checkpoint whose config has 'detokenizer'."
+            )
+        return self.model.detokenizer
 
     def transcribe(
         self,

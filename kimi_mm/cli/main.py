@@ -15,6 +15,7 @@ from kimi_mm.cli.errors import UsageError, complain, debugging, describe
 from kimi_mm.cli.evaluate import app as eval_app
 from kimi_mm.cli.info import info
 from kimi_mm.cli.prepare import prepare
+from kimi_mm.cli.resynth import resynth
 from kimi_mm.cli.tokenize import tokenize
 from kimi_mm.cli.train import train
 from kimi_mm.cli.transcribe import transcribe
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(transcribe)
 app.command("describe")(describe_pictures)
 app.command()(tokenize)
+app.command()(resynth)
 app.command()(demo)
 app.command()(info)
 app.add_typer(eval_app, name="eval")
