@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kimi_mm.audio.detokenizer import Detokenizer
-from kimi_mm.audio.detokenizer_config import BigVGANConfig, DetokenizerConfig
+from kimi_mm.audio.detokenizer_config import BigVGANConfig, DetokenizerConfig, kimi_audio_detokenizer
 from kimi_mm.audio.detokenizer_stream import advance
 from kimi_mm.audio.seams import seam_energy, seam_positions
 from kimi_mm.config import ModelConfig
@@ -25,7 +25,7 @@ def make(config: DetokenizerConfig, std: float = 0.1) -> Detokenizer:
 
 @pytest.fixture(scope="module")
 def debug() -> DetokenizerConfig:
-    return DetokenizerConfig.from_yaml(recipes_root() / "models" / "debug-detokenizer.yaml")
+    return DetokenizerConfig.from_yaml(recipes_root() / "models" / "detokenizer" / "debug.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,15 @@ def test_wild_weights_give_finite_sound(debug):
     wave = make(debug, std=3.0).decode(CODES)
     assert wave.isfinite().all()
     assert wave.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["nano", "debug", "kimi-audio"])
+def test_preset_files_round_trip(name, tmp_path):
+    config = DetokenizerConfig.from_yaml(recipes_root() / "models" / "detokenizer" / f"{name}.yaml")
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert DetokenizerConfig.from_yaml(tmp_path / "again.yaml") == config
+    assert (name == "kimi-audio") == (config == kimi_audio_detokenizer())
+    assert config.samples_per_code == 1920
 
 
 def test_model_and_detokenizer_must_fit(debug):
