@@ -4,6 +4,7 @@
 
     chunk_kda:  inputs ─► gate, norms ─► chunks of C rows ─► P, A, X ─► scan over chunks ─► o, final state
     kda_step:   one row of the recurrence, for decoding
+    kda_decode: the same with the convolution before it and the gated norm after it
 
 Kimi Linear, equation 1 and section 3. The work inside chunks is batched over all chunks and heads; the only Python
 loop runs over the chunks of the longest sequence, three small operations each. Without `cu_seqlens` nothing is read
@@ -22,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kimi_mm.kernels.conv.reference import short_conv
 from kimi_mm.kernels.kda.blocks import DecayedScores, UnitLowerInverse
+from kimi_mm.kernels.norm.reference import gated_rms_norm
 from kimi_mm.kernels.precision import without_autocast
 
 GATES = ("given", "bounded", "softplus")
@@ -133,13 +136,17 @@ def kda_step(
     scale: float | None = None,
     qk_l2norm: bool = False,
     beta_sigmoid: bool = False,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advances the recurrence by one token; `state` is updated in place and returned.
 
     Args:
         q, k: [B, H, K]. v: [B, HV, V]. g: [B, HV, K]. beta: [B, HV].
-        state: [B, HV, V, K], contiguous, fp32 (float64 for float64 inputs); overwritten.
+        state: [B, HV, V, K], contiguous, fp32 (float64 for float64 inputs); overwritten. With `slots` its first
+            dimension is any number of places.
         gate, A_log, dt_bias, lower_bound, scale, qk_l2norm, beta_sigmoid: as in `chunk_kda`.
+        slots: [B] int32, the place of every row's state, none twice; -1 skips the row, whose o is zero. None: row b
+            has place b. (This reference reads them back from the device.)
 
     Returns:
         o [B, HV, V] in the dtype of v, and `state`.
@@ -148,6 +155,26 @@ def kda_step(
         ValueError: if shapes or options contradict each other.
     """
     _check(q, k, v, g, beta, gate, lower_bound)
+    if slots is not None:
+        live, places = _live_slots(slots)
+        part = state[places]
+        rows, _ = kda_step(
+            q[live],
+            k[live],
+            v[live],
+            g[live],
+            beta[live],
+            part,
+            gate=gate,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            lower_bound=lower_bound,
+            scale=scale,
+            qk_l2norm=qk_l2norm,
+            beta_sigmoid=beta_sigmoid,
+        )
+        state[places] = part
+        return torch.zeros_like(v).index_copy(0, live, rows), state
     B, HV, V, K = state.shape
     with without_autocast(q.device):
         out_dtype = v.dtype
@@ -163,6 +190,78 @@ def kda_step(
         flat.baddbmm_(error.mul_(beta.reshape(B * HV, 1, 1)), key)
         out = torch.bmm(flat, (q * factor).reshape(B * HV, 1, K).mT)
         return out.view(B, HV, V).to(out_dtype), state
+
+
+def kda_decode(
+    qkv: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    out_gate: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    *,
+    gate: str = "bounded",
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    scale: float | None = None,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token from raw projections to the input of the output projection: convolution, KDA step, gated norm.
+
+    q and k are L2-normalised and beta is a logit; `state` and `conv_state` are updated in place and returned.
+
+    Args:
+        qkv: [B, C], raw projections of q, k [H * K] and v [HV * V], one after the other: C = 2 * H * K + HV * V.
+        conv_weight: [C, W]. conv_state: [B, W - 1, C], the raw projections before this token, oldest first.
+        g: [B, HV, K] decay logits. beta: [B, HV] logits.
+        state: [B, HV, V, K], contiguous, fp32 (float64 for float64 inputs).
+        out_gate: [B, HV, V] logits. norm_weight: [V]. eps: of the norm, added to the mean square.
+        gate, A_log, dt_bias, lower_bound, scale, slots: as in `kda_step`; slots choose the conv_state as well.
+
+    Returns:
+        y [B, HV, V] in the dtype of qkv, `state` and `conv_state`.
+
+    Raises:
+        ValueError: if shapes or options contradict each other.
+    """
+    B, C = qkv.shape
+    HV, V, K = state.shape[1:]
+    H = (C - HV * V) // (2 * K)
+    if H < 1 or C != 2 * H * K + HV * V:
+        raise ValueError(f"qkv has {C} channels, not 2 * H * {K} + {HV} * {V} as the state {tuple(state.shape)} asks.")
+    live, places = (None, None) if slots is None else _live_slots(slots)
+    past = conv_state if places is None else conv_state[places]
+    rows = qkv if live is None else qkv[live]
+    rows, moved = short_conv(rows[:, None], conv_weight, initial_state=past, output_final_state=True)
+    assert moved is not None
+    if live is None or places is None:
+        conv_state.copy_(moved)
+        rows = rows[:, 0]
+    else:
+        conv_state[places] = moved.to(conv_state.dtype)
+        rows = torch.zeros_like(qkv).index_copy(0, live, rows[:, 0])
+    q, k, v = rows.split([H * K, H * K, HV * V], -1)
+    o, _ = kda_step(
+        q.reshape(B, H, K),
+        k.reshape(B, H, K),
+        v.reshape(B, HV, V),
+        g,
+        beta,
+        state,
+        gate=gate,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        scale=scale,
+        qk_l2norm=True,
+        beta_sigmoid=True,
+        slots=slots,
+    )
+    return gated_rms_norm(o, out_gate, norm_weight, eps), state, conv_state
 
 
 def kda_gate(
@@ -236,6 +335,12 @@ def _prepare(
     if gate != "given":
         g = kda_gate(g, gate, A_log, dt_bias, lower_bound)
     return q, k, v, g, beta.sigmoid() if beta_sigmoid else beta
+
+
+def _live_slots(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that have a place, and their places, both int64."""
+    live = (slots >= 0).nonzero()[:, 0]
+    return live, slots[live].long()
 
 
 def _pick_chunk(length: int) -> int:
