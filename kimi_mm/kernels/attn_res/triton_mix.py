@@ -245,7 +245,7 @@ def mix_backward_kernel(
             ahead = load_row(pick(rest, i, ARITY), row, live & (i + 1 < n), D, BC, CH)
             c = tl.where(number == i, dot(parts, dh, CH), c)
         s = p * (c - tl.sum(p * c, 0)) * r
-        curl = tl.where(number < n, r * x / D, 0.0)  # v's own factor inside the bracket of dv
+        curl = tl.where(number < n, x, 0.0) * r / D  # v's own factor inside the bracket of dv
         ahead = load_row(pick(rest, n - 2, ARITY), row, live & (n > 1), D, BC, CH)
         for step_back in range(1, n):
             i = n - step_back
