@@ -13,6 +13,7 @@ Shapes: B rows, T mel frames, M mel bins, C channels, S samples at a stage's rat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -95,16 +96,22 @@ class BigVGAN(nn.Module):
         )
         self.post_activation = SnakeBeta(widths[-1])
         self.post = nn.Conv1d(widths[-1], 1, 7, padding=3, bias=False)
+        # Replaced by its replay where CUDA graphs are on.
+        self.runner: Callable[..., tuple[torch.Tensor, ...]] = self.run
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         """Maps log-mel [B, T, M] to waves [B, T * hop] in [-1, 1]."""
+        return self.run(mel)[0]
+
+    def run(self, mel: torch.Tensor) -> tuple[torch.Tensor]:
+        """The same as a tuple of one."""
         x = self.pre(mel.to(self.pre.weight.dtype).transpose(1, 2))
         branches = len(self.config.resblock_kernels)
         for stage, up in enumerate(self.ups):
             x = up(x)
             blocks = list(self.blocks)[stage * branches : (stage + 1) * branches]
             x = torch.stack([block(x) for block in blocks]).mean(0)
-        return self.post(self.post_activation(x))[:, 0].float().clamp(-1.0, 1.0)
+        return (self.post(self.post_activation(x))[:, 0].float().clamp(-1.0, 1.0),)
 
     def initial_state(self, rows: int = 1) -> VocoderState:
         """Returns the state of streams that have not begun."""
@@ -115,7 +122,7 @@ class BigVGAN(nn.Module):
 
     def step(self, mel: torch.Tensor, state: VocoderState, final: bool) -> tuple[torch.Tensor, VocoderState]:
         """Takes the next mel frames [B, T, M]; see `Vocoder.step` and `overlap_step`."""
-        return overlap_step(self, mel, state, final, self.hop, self.fade)
+        return overlap_step(lambda joined: self.runner(joined)[0], mel, state, final, self.hop, self.fade)
 
 
 def kaiser_sinc_filter(taps: int = FILTER_TAPS, cutoff: float = 0.25, half_width: float = 0.3) -> torch.Tensor:

@@ -19,10 +19,10 @@ from torch import nn
 
 from kimi_mm.audio.bigvgan import BigVGAN
 from kimi_mm.audio.detokenizer_config import DetokenizerConfig, StreamingConfig
+from kimi_mm.audio.detokenizer_replay import Replay, replayed
 from kimi_mm.audio.detokenizer_stream import Codes, DetokenizerState, DetokenizerStream, advance, check_codes
-from kimi_mm.audio.dit import DiT, DiTContext
+from kimi_mm.audio.dit import DiT
 from kimi_mm.audio.dit_cache import DiTCache
-from kimi_mm.audio.flow import integrate, time_grid
 from kimi_mm.audio.io import check_rate, check_samples, resample, to_mono
 from kimi_mm.audio.target_mel import TargetMel
 from kimi_mm.audio.vocoder import Vocoder
@@ -57,6 +57,7 @@ class Detokenizer(nn.Module):
         else:
             assert config.bigvgan is not None
             self.vocoder = BigVGAN(config.bigvgan, bins, config.streaming.fade)
+        self._replay = Replay(self.dit)
 
     @property
     def sample_rate(self) -> int:
@@ -157,32 +158,41 @@ class Detokenizer(nn.Module):
         for at in range(first, count, piece):
             part = torch.tensor([known[at : min(at + piece, count)]], device=self.device)
             x = mel[:, at * frames : (at + part.shape[1]) * frames]
-            keys, values = self.dit.keys_values(x, self.dit.condition(part), self.dit.context(cache, [x.shape[1]]))
-            cache = cache.extended(keys, values, [x.shape[1]], self.config.dit.context_frames)
+            cache = self.remember(x, part, cache, [x.shape[1]])
         return SpeakerPrompt(cache.protected(), seconds)
 
     # ---- for the stream ----------------------------------------------------------------------------------------
 
     def solve(
-        self, noise: torch.Tensor, codes: torch.Tensor, context: DiTContext, config: StreamingConfig
+        self, noise: torch.Tensor, codes: torch.Tensor, cache: DiTCache, counts: list[int], config: StreamingConfig
     ) -> torch.Tensor:
-        """Follows the flow from noise [B, T, M] to normalised mel, given codes [B, N] and the past.
+        """Follows the flow from noise to mel.
 
-        Guidance w follows v(null) + w (v(codes) - v(null)) (Ho & Salimans 2022); the past keeps its codes.
+        Args:
+            noise: [B, T, M].
+            codes: [B, N], T = N * frames_per_code, padded with the null code.
+            cache: the past of each row.
+            counts: frames of each row that are not padding.
+            config: steps, solver, grid, guidance.
+
+        Returns:
+            [B, T, M] normalised mel.
         """
-        cond, guided = self.dit.condition(codes), config.guidance != 1.0
-        if guided:
-            cond = torch.cat([cond, self.dit.condition(torch.full_like(codes, self.dit.null_code))])
-            context = context.repeated(2)
+        return self._replay.solve(noise, codes, cache, counts, config)
 
-        def velocity(x: torch.Tensor, time: float) -> torch.Tensor:
-            t = torch.full((1, 1), time, device=x.device)
-            if not guided:
-                return self.dit(x, t, cond, context).float()
-            with_codes, without = self.dit(torch.cat([x, x]), t, cond, context).float().chunk(2)
-            return without + config.guidance * (with_codes - without)
+    def remember(self, mel: torch.Tensor, codes: torch.Tensor, cache: DiTCache, counts: list[int]) -> DiTCache:
+        """Returns the past with finished frames appended; arguments as for `solve`, mel [B, T, M] normalised."""
+        keys, values = self._replay.keys_values(mel, codes, cache, counts)
+        return cache.extended(keys, values, counts, self.config.dit.context_frames)
 
-        return integrate(velocity, noise, time_grid(config.steps, config.time_grid), config.solver)
+    def use_cuda_graphs(self, enabled: bool = True) -> Detokenizer:
+        """Replays solver and vocoder as CUDA graphs, one for each shape; costs a second each when first met.
+
+        For inference alone, on a CUDA device; elsewhere only the padding that graphs need takes place.
+        """
+        self._replay = Replay(self.dit, enabled)
+        self.vocoder.runner = replayed(self.vocoder.run) if enabled else self.vocoder.run
+        return self
 
     def pad_codes(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Returns codes of several lengths as one tensor [B, N] on the model's device, padded with the null code."""

@@ -163,16 +163,16 @@ def check_codes(codes: Codes, codebook_size: int) -> list[int]:
 def _speak(jobs: list[Job], final: bool) -> list[torch.Tensor]:
     """Solves for the windows of several streams and vocodes what each may keep."""
     detokenizer, config = jobs[0][0].detokenizer, jobs[0][0].config
-    dit, states = detokenizer.dit, [stream.state for stream, _ in jobs]
+    states, frames = [stream.state for stream, _ in jobs], detokenizer.config.frames_per_code
     mels = [state.noise[:0] for state in states]
     solved = [i for i, (_, window) in enumerate(jobs) if window]
     if solved:
         _remember(detokenizer, [states[i] for i in solved if states[i].spoken is not None])
         windows = [states[i].waiting[: jobs[i][1]] for i in solved]
-        counts = [len(window) * dit.frames_per_code for window in windows]
+        counts = [len(window) * frames for window in windows]
         noise = _padded([states[i].noise[:n] for i, n in zip(solved, counts, strict=True)])
-        context = dit.context(DiTCache.stack([states[i].cache for i in solved]), counts)
-        mel = detokenizer.solve(noise, detokenizer.pad_codes(windows), context, config)
+        cache = DiTCache.stack([states[i].cache for i in solved])
+        mel = detokenizer.solve(noise, detokenizer.pad_codes(windows), cache, counts, config)
         for row, i in enumerate(solved):
             mels[i] = _keep(jobs[i][0], windows[row], mel[row, : counts[row]], final)
     waves = list(mels)
@@ -190,11 +190,9 @@ def _remember(detokenizer: Detokenizer, states: list[DetokenizerState]) -> None:
     pending = [state.spoken for state in states if state.spoken is not None]
     if not pending:
         return
-    dit, counts = detokenizer.dit, [len(mel) for _, mel in pending]
-    cache = DiTCache.stack([state.cache for state in states])
-    cond = dit.condition(detokenizer.pad_codes([codes for codes, _ in pending]))
-    keys, values = dit.keys_values(_padded([mel for _, mel in pending]), cond, dit.context(cache, counts))
-    cache = cache.extended(keys, values, counts, dit.config.context_frames)
+    codes = detokenizer.pad_codes([codes for codes, _ in pending])
+    mel, counts = _padded([mel for _, mel in pending]), [len(mel) for _, mel in pending]
+    cache = detokenizer.remember(mel, codes, DiTCache.stack([state.cache for state in states]), counts)
     for row, state in enumerate(states):
         state.cache, state.spoken = cache.row(row), None
 

@@ -168,16 +168,24 @@ class DiT(nn.Module):
 
     def context(self, cache: DiTCache, counts: list[int]) -> DiTContext:
         """Prepares the past for chunks of `counts` frames, padded on the right to the longest."""
-        width, past, device = max(counts), cache.keys.shape[3], cache.keys.device
-        cos, sin = self._angles(torch.arange(past + width, device=device))
-        keys = _rotate(self.rope, cache.keys, cos[:past], sin[:past]) if past else None
-        mask = None
-        if min(counts) < width or min(cache.lengths) < past:
-            seen = torch.arange(past + width)
-            first = torch.tensor([past - n for n in cache.lengths])[:, None]
-            last = torch.tensor([past + n for n in counts])[:, None]
-            mask = ((seen >= first) & (seen < last))[:, None, None].to(device)
-        return DiTContext(keys, cache.values if past else None, cos[past:], sin[past:], mask)
+        return self.context_of(cache.keys, cache.values, cache.visible(counts), max(counts))
+
+    def context_of(
+        self, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None, frames: int
+    ) -> DiTContext:
+        """Rotates a past into place.
+
+        Args:
+            keys, values: [L, B, H, C, K] of a cache.
+            seen: [B, C + T] bool of `DiTCache.visible`, or None where all is visible.
+            frames: T of the chunk.
+        """
+        past = keys.shape[3]
+        cos, sin = self._angles(torch.arange(past + frames, device=keys.device))
+        mask = None if seen is None else seen[:, None, None]
+        if not past:
+            return DiTContext(None, None, cos, sin, mask)
+        return DiTContext(_rotate(self.rope, keys, cos[:past], sin[:past]), values, cos[past:], sin[past:], mask)
 
     def chunk_context(self, chunks: torch.Tensor) -> DiTContext:
         """Prepares a training pass over [noisy frames | the same frames clean]; see `chunk_mask`.

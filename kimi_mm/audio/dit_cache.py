@@ -33,16 +33,31 @@ class DiTCache:
         if len(caches) == 1:
             return caches[0]
         width = max(cache.keys.shape[3] for cache in caches)
-
-        def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([F.pad(t, (0, 0, width - t.shape[3], 0)) for t in tensors], 1)
-
+        even = [cache.padded(width) for cache in caches]
         return cls(
-            joined([cache.keys for cache in caches]),
-            joined([cache.values for cache in caches]),
+            torch.cat([cache.keys for cache in even], 1),
+            torch.cat([cache.values for cache in even], 1),
             tuple(n for cache in caches for n in cache.lengths),
             tuple(n for cache in caches for n in cache.prompts),
         )
+
+    def padded(self, width: int) -> DiTCache:
+        """Returns the cache padded on the left to `width` frames."""
+        room = (0, 0, width - self.keys.shape[3], 0)
+        return replace(self, keys=F.pad(self.keys, room), values=F.pad(self.values, room))
+
+    def visible(self, counts: list[int], always: bool = False) -> torch.Tensor | None:
+        """Returns which of [C cached | T new] frames are there, [B, C + T] bool; row b has `counts[b]` new ones.
+
+        None says all of them, unless the tensor is wanted `always`.
+        """
+        past = self.keys.shape[3]
+        if not always and min(counts) == max(counts) and min(self.lengths) == past:
+            return None
+        places = torch.arange(past + max(counts))
+        first = torch.tensor([past - n for n in self.lengths])[:, None]
+        last = torch.tensor([past + n for n in counts])[:, None]
+        return ((places >= first) & (places < last)).to(self.keys.device)
 
     def row(self, number: int) -> DiTCache:
         """Returns one stream's part, without padding."""

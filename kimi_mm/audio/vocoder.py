@@ -13,6 +13,7 @@ Shapes: B rows, T mel frames, M mel bins, U upsampling, D hidden size, W window 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,8 @@ class Vocoder(nn.Module):
         # Analysis of the shape Hann * Hann sums to 3 / 8 of the overlap, everywhere.
         window = torch.hann_window(config.n_fft, device="cpu") / (3 * overlap / 8)
         self.register_buffer("window", window, persistent=False)
+        # Replaced by its replay where CUDA graphs are on.
+        self.runner: Callable[..., tuple[torch.Tensor, ...]] = self.run
 
     @property
     def delay(self) -> int:
@@ -116,7 +119,7 @@ class Vocoder(nn.Module):
         zeros = [like.new_zeros(1, self.num_mel_bins, back)]
         zeros += [like.new_zeros(1, self.config.hidden_size, back) for _ in self.layers]
         tail = torch.zeros(1, self.config.n_fft - self.step_size, device=like.device)
-        _, tensors = self.run(silence, (*zeros, tail))
+        _, *tensors = self.run(silence, *zeros, tail)
         return VocoderState(tuple(t.expand(rows, *t.shape[1:]) for t in tensors), self.delay)
 
     def step(self, mel: torch.Tensor, state: VocoderState, final: bool) -> tuple[torch.Tensor, VocoderState]:
@@ -137,12 +140,12 @@ class Vocoder(nn.Module):
             due += self.delay
         if not mel.shape[1]:
             return torch.zeros(len(mel), 0, device=mel.device), state
-        wave, tensors = self.run(mel, state.tensors)
+        wave, *tensors = self.runner(mel, *state.tensors)
         drop = min(state.counter, due)
-        return wave[:, drop:due].clamp(-1.0, 1.0), VocoderState(tensors, state.counter - drop)
+        return wave[:, drop:due].clamp(-1.0, 1.0), VocoderState(tuple(tensors), state.counter - drop)
 
-    def run(self, mel: torch.Tensor, past: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Maps mel [B, T, M] to raw samples [B, T * hop] that lag `delay` behind it, and the next past."""
+    def run(self, mel: torch.Tensor, *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Maps mel [B, T, M] to raw samples [B, T * hop] that lag `delay` behind it, followed by the next past."""
         joined = torch.cat([past[0], (mel - SILENCE).to(past[0].dtype).transpose(1, 2)], 2)
         following = [joined[:, :, -past[0].shape[2] :]]
         x = self.upsample(self.embed(joined).transpose(1, 2))
@@ -150,9 +153,8 @@ class Vocoder(nn.Module):
         for layer, before in zip(self.layers, past[1:-1], strict=True):
             x, after = layer(x, before)
             following.append(after)
-        frames = self._frames(self.norm(x.transpose(1, 2)))
-        wave, tail = self._overlap_add(frames, past[-1])
-        return wave, (*following, tail)
+        wave, tail = self._overlap_add(self._frames(self.norm(x.transpose(1, 2))), past[-1])
+        return wave, *following, tail
 
     def training_past(self, rows: int) -> tuple[torch.Tensor, ...]:
         """Returns zeros for `run`; samples within `receptive_frames` of the start are then not to be judged."""

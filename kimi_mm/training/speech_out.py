@@ -136,7 +136,7 @@ class VocoderObjective(nn.Module):
         real = batch.targets.float() / 32768
         mel = self.mel(real)
         mel = mel + self.config.mel_noise * torch.randn_like(mel)
-        raw, _ = self.vocoder.run(mel, self.vocoder.training_past(len(mel)))
+        raw = self.vocoder.run(mel, *self.vocoder.training_past(len(mel)))[0]
         real = real[:, self.unjudged : real.shape[1] - self.vocoder.delay]
         fake = raw[:, self.unjudged + self.vocoder.delay :]
         weights = self.config

@@ -87,8 +87,7 @@ def test_first_chunk_alone_is_the_offline_solution(nano):
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         noise = torch.cat([torch.randn(4, 20, generator=generator) for _ in CODES])[None]
-        context = nano.dit.context(nano.dit.empty_cache(), [noise.shape[1]])
-        mel = nano.solve(noise, CODES[None], context, streaming)
+        mel = nano.solve(noise, CODES[None], nano.dit.empty_cache(), [noise.shape[1]], streaming)
         offline = nano.vocoder(nano.mel.denormalize(mel))[0]
     assert torch.allclose(nano.decode(CODES, streaming=streaming), offline, atol=1e-5)
 
@@ -116,6 +115,33 @@ def test_streams_side_by_side_equal_streams_alone(nano):
     ends = advance(streams, [[], early[10:]], final=True)
     assert torch.allclose(torch.cat([waves[0][0], waves[1][0], waves[2][0], ends[0]]), alone[0], atol=1e-5)
     assert torch.allclose(torch.cat([waves[0][1], waves[1][1], ends[1]]), alone[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nano", "published"])
+def test_the_padding_that_graphs_need_changes_nothing(kind, request):
+    detokenizer = request.getfixturevalue(kind)
+    plain = detokenizer.decode_batch([CODES, CODES[:20], CODES[:3]])
+    try:
+        padded = detokenizer.use_cuda_graphs().decode_batch([CODES, CODES[:20], CODES[:3]])
+    finally:
+        detokenizer.use_cuda_graphs(False)
+    for a, b in zip(plain, padded, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nano", "published"])
+def test_graphs_equal_launches(kind, request):
+    plain = request.getfixturevalue(kind)
+    detokenizer = make(plain.config).cuda()
+    codes = [CODES, CODES[:20], CODES[:3]]
+    eager = detokenizer.decode_batch(codes)
+    detokenizer.use_cuda_graphs()
+    for _ in range(2):  # captured, then replayed
+        for a, b in zip(eager, detokenizer.decode_batch(codes), strict=True):
+            assert torch.allclose(a, b, atol=2e-3)
+    for a, b in zip(eager, plain.decode_batch(codes), strict=True):
+        assert torch.allclose(a.cpu(), b, atol=2e-2)
 
 
 def test_a_copied_stream_goes_on_by_itself(nano):
