@@ -214,7 +214,7 @@ def _decode(
 ) -> Tensor:
     B, C = qkv.shape
     HV, V = out_gate.shape[1:]
-    K = g.shape[2]
+    K, W = g.shape[2], conv_weight.shape[1]
     H = (C - HV * V) // (2 * K)
     y = torch.empty(out_gate.shape, dtype=qkv.dtype, device=qkv.device)
     if y.numel():
@@ -222,7 +222,7 @@ def _decode(
             _decode_kernel[(B * H,)](
                 qkv, g, beta, out_gate, conv_weight, norm_weight, A_log, dt_bias, conv_state, state, slots, y,
                 qkv.stride(0), g.stride(0), beta.stride(0), out_gate.stride(0), eps, lower, scale,
-                H=H, HV=HV, W=conv_weight.shape[1], GATE=GATE_CODES[gate], **_tile("decode", V, K),
+                H=H, HV=HV, W=W, WP=int(triton.next_power_of_2(W)), GATE=GATE_CODES[gate], **_tile("decode", V, K),
             )  # fmt: skip
     return y
 
@@ -235,15 +235,11 @@ def _(
 
 
 def _tile(which: str, V: int, K: int) -> dict[str, int]:
+    """Rows of the state a program holds, fewer of wider ones, and about 32 numbers of them a thread."""
+    config = CONFIGS[which]
     BK = max(16, int(triton.next_power_of_2(K)))
-    rows = max(16, CONFIGS[which]["BV"] * 128 // max(BK, 128))  # no more registers for wider keys
-    return {
-        "V": V,
-        "K": K,
-        "BV": min(rows, int(triton.next_power_of_2(V))),
-        "BK": BK,
-        "num_warps": CONFIGS[which]["num_warps"],
-    }
+    BV = min(max(16, config["BV"] * 128 // max(BK, 128)), int(triton.next_power_of_2(V)))
+    return {"V": V, "K": K, "BV": BV, "BK": BK, "num_warps": min(config["num_warps"], max(1, BV * BK // 1024))}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -352,23 +348,22 @@ def _step_kernel(
 
 
 @triton.jit
-def _convolved(x, weight, past, channel, mask, C: tl.constexpr, W: tl.constexpr):
-    """silu(convolution) of the channels of one row, and the raw rows it read, oldest first."""
-    rows = ()
-    for j in tl.static_range(W - 1):
-        rows += (tl.load(past + j * C + channel, mask=mask, other=0.0),)
-    rows += (tl.load(x + channel, mask=mask, other=0.0).to(past.dtype.element_ty),)
-    z = tl.load(x + channel, mask=mask, other=0.0).to(tl.float32)
-    z *= tl.load(weight + channel * W + (W - 1), mask=mask, other=0.0).to(tl.float32)
-    for j in tl.static_range(W - 1):
-        z += rows[j].to(tl.float32) * tl.load(weight + channel * W + j, mask=mask, other=0.0).to(tl.float32)
+def _convolved(x, weight, past, channel, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """silu(convolution) of the channels of one row, and the W raw rows it read [WP, .], oldest first."""
+    j = tl.arange(0, WP)[:, None]
+    at = channel[None, :]
+    rows = tl.load(past + j * C + at, mask=(j < W - 1) & mask[None, :], other=0.0).to(tl.float32)
+    rows += tl.load(x + j * 0 + at, mask=(j == W - 1) & mask[None, :], other=0.0).to(tl.float32)
+    z = tl.sum(rows * tl.load(weight + at * W + j, mask=(j < W) & mask[None, :], other=0.0).to(tl.float32), 0)
     return z * tl.sigmoid(z), rows
 
 
 @triton.jit
-def _move_on(past, rows, channel, mask, C: tl.constexpr, W: tl.constexpr):
-    for j in tl.static_range(W - 1):
-        tl.store(past + j * C + channel, rows[j + 1], mask=mask)
+def _move_on(past, rows, channel, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """Stores all raw rows but the oldest as the next past."""
+    j = tl.arange(0, WP)[:, None]
+    at = past + (j - 1) * C + channel[None, :]
+    tl.store(at, rows.to(past.dtype.element_ty), mask=(j >= 1) & (j < W) & mask[None, :])
 
 
 @triton.jit
@@ -376,7 +371,7 @@ def _decode_kernel(
     qkv, g, beta, out_gate, conv_weight, norm_weight, A_log, dt_bias, conv_state, state, slots, y,
     qkv_row, g_row, beta_row, gate_row, eps, lower, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    W: tl.constexpr, GATE: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """All value heads of one key head of one batch row."""
     GROUP: tl.constexpr = HV // H
@@ -390,8 +385,8 @@ def _decode_kernel(
     past = conv_state + place * ((W - 1) * C)
     col = tl.arange(0, BK)
     cols = (col < K) & live
-    queries, q_rows = _convolved(x, conv_weight, past, h * K + col, cols, C, W)
-    keys, k_rows = _convolved(x, conv_weight, past, H * K + h * K + col, cols, C, W)
+    queries, q_rows = _convolved(x, conv_weight, past, h * K + col, cols, C, W, WP)
+    keys, k_rows = _convolved(x, conv_weight, past, H * K + h * K + col, cols, C, W, WP)
     queries = _keys(queries, True) * scale
     keys = _keys(keys, True)
     for j in range(GROUP):
@@ -406,11 +401,11 @@ def _decode_kernel(
             at = state + (place * HV + hv) * (V * K) + row[:, None] * K + col[None, :]
             S = tl.load(at, mask=rows[:, None] & cols[None, :], other=0.0)
             channel = 2 * H * K + hv * V + row
-            values, v_rows = _convolved(x, conv_weight, past, channel, rows, C, W)
+            values, v_rows = _convolved(x, conv_weight, past, channel, rows, C, W, WP)
             S, out = _advanced(S, decay, queries, keys, values, rate)
             tl.debug_barrier()  # small tiles are held several times over: none may store before all have loaded
             tl.store(at, S, mask=rows[:, None] & cols[None, :])
-            _move_on(past, v_rows, channel, rows, C, W)
+            _move_on(past, v_rows, channel, rows, C, W, WP)
             outs += (out,)
             squares += tl.sum(out * out, 0)
         inverse = tl.rsqrt(squares / V + eps)
@@ -420,5 +415,5 @@ def _decode_kernel(
             logits = tl.load(out_gate + b * gate_row + hv * V + row, mask=row < V, other=0.0).to(tl.float32)
             result = outs[t] * inverse * weight * tl.sigmoid(logits)
             tl.store(y + (b * HV + hv) * V + row, result.to(y.dtype.element_ty), mask=row < V)
-    _move_on(past, q_rows, h * K + col, cols, C, W)
-    _move_on(past, k_rows, H * K + h * K + col, cols, C, W)
+    _move_on(past, q_rows, h * K + col, cols, C, W, WP)
+    _move_on(past, k_rows, H * K + h * K + col, cols, C, W, WP)
