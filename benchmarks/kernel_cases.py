@@ -309,7 +309,7 @@ def _moe(device: str, name: str, N: int, D: int, I: int, E: int, k: int, backwar
         flops, moved = 3 * flops, 3 * moved
     else:
         columns = {name: _without_gradients(build) for name, build in columns.items()}
-    tables = tuple(f"kimi_mm.kernels.moe.triton{part}" for part in ("", "_gemm", "_rows", "_route"))
+    tables = tuple(f"kimi_mm.kernels.moe.triton{part}" for part in ("", "_tma", "_gemm", "_rows", "_route"))
     title = f"MoE {name}forward{' + backward' if backward else ''}, {N} tokens, {E} experts top {k}, {D} -> {I}"
     return Case(title, columns, moved, flops, flush=False, tables=tables)
 

@@ -1,6 +1,6 @@
 """Searches better block sizes for one operation: every number of its tables is halved, doubled or moved, one by one.
 
-Where a module has ENGINES, who multiplies ("torch" or "triton") is tried as well.
+Where a module has ENGINES and CHOICES, who multiplies is tried as well.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def sweep(case: Case, timer: Timer, ceilings: Ceilings, seconds: float) -> None:
     floor = ceilings.floor(case.moved, case.flops)
     print(f"{case.title}: {best:.4f} ms as shipped, floor {floor:.4f} ms")
     leaves = [leaf for leaf in _leaves(case.tables) if _matters(leaf[1], call)]
-    print(f"tables in use: {', '.join(path for path, _ in leaves) or 'none'}")
+    print(f"tables in use: {', '.join(path for path, *_ in leaves) or 'none'}")
     changed: dict[str, Leaf] = {}
-    for path, leaf in leaves:
+    for path, leaf, choices in leaves:
         for key in list(leaf):
-            for candidate in _neighbours(key, leaf[key]):
+            for candidate in _neighbours(key, leaf[key], choices):
                 if time.monotonic() - start > seconds:
                     print(f"stopped after {seconds:.0f} s")
                     _summary(changed, best)
@@ -78,11 +78,13 @@ def _summary(changed: dict[str, Leaf], best: float) -> None:
         print("    the shipped sizes stay")
 
 
-def _leaves(modules: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
+def _leaves(modules: tuple[str, ...]) -> Iterator[tuple[str, Leaf, Leaf]]:
+    """Name, entry, and what else its strings may be, of everything in the tables."""
     for name in modules:
         module, short = importlib.import_module(name), name.removeprefix("kimi_mm.kernels.")
         for table in ("ENGINES", "CONFIGS"):
-            yield from _walk(f"{short}.{table}", getattr(module, table, {}))
+            for path, leaf in _walk(f"{short}.{table}", getattr(module, table, {})):
+                yield path, leaf, getattr(module, "CHOICES", {})
 
 
 def _walk(path: str, table: dict[Any, Any]) -> Iterator[tuple[str, Leaf]]:
@@ -110,9 +112,9 @@ def _matters(leaf: Leaf, call: Callable[[], object]) -> bool:
     return False
 
 
-def _neighbours(key: str, value: Any) -> list[Any]:
+def _neighbours(key: str, value: Any, choices: Leaf) -> list[Any]:
     if isinstance(value, str):
-        return ["triton" if value == "torch" else "torch"]
+        return [choice for choice in choices.get(key, ()) if choice != value]
     if isinstance(value, bool):
         return [not value]
     if key == "num_stages":

@@ -25,6 +25,7 @@ from torch import Tensor
 from kimi_mm.kernels.moe import reference
 from kimi_mm.kernels.moe import triton_gemm as gemm
 from kimi_mm.kernels.moe import triton_route as routing
+from kimi_mm.kernels.moe import triton_tma as tma
 from kimi_mm.kernels.moe.triton_rows import (
     Places,
     gather_rows,
@@ -35,8 +36,10 @@ from kimi_mm.kernels.moe.triton_rows import (
     tile_bound,
 )
 
-# Who multiplies when experts are wide and bf16: "triton", or "torch" for grouped_mm with our kernels around it.
-ENGINES = {"up": "triton", "down": "torch", "dhidden": "torch", "dx": "torch", "dweight": "torch"}
+# Who multiplies when experts are wide and of 16 bits, on Hopper: "triton" (triton_gemm, as everywhere else), "tma"
+# (triton_tma), or "torch" (grouped_mm with our kernels around it; bf16 alone, "tma" or "triton" otherwise).
+ENGINES = {"up": "tma", "down": "torch", "dhidden": "tma", "dx": "torch", "dweight": "torch"}
+CHOICES = {kind: ("triton", "torch") if kind == "dweight" else ("triton", "tma", "torch") for kind in ENGINES}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -188,7 +191,7 @@ def _experts(
     if not R:
         empty = indices.new_empty(0, dtype=torch.int32)
         out, saved = x.new_zeros(x.shape, dtype=dtype), x.new_empty(0, 2 * I, dtype=dtype)
-        return out, saved, empty, empty.clone(), empty.clone(), empty.new_empty(3, 0)
+        return out, saved, empty, empty.clone(), empty.clone(), empty.new_empty(1)
     config, engines = _plan(R, E, D, I, dtype, x.device)
     places = place_rows(indices, E, config["rows"]["BM"])
     gate_up, down = _cast(gate_up, down, dtype)
@@ -197,10 +200,14 @@ def _experts(
         saved = F.grouped_mm(rows, gate_up.mT, offs=places.ends)
         hidden = swiglu(saved, weights, places.source)
         saved = saved if keep else saved.new_empty(0, 2 * I)
+    elif engines["up"] == "tma":
+        hidden, saved = tma.up(x.to(dtype), weights, gate_up, places, config["rows"]["BM"], keep)
     else:
         hidden, saved = gemm.up(x, weights, gate_up, places, config, keep)
     if engines["down"] == "torch":
         rows = F.grouped_mm(hidden, down.mT, offs=places.ends)
+    elif engines["down"] == "tma":
+        rows = tma.plain(hidden, down, places, config["rows"]["BM"], "down", True)
     else:
         rows = gemm.plain(hidden, down, places, config, "down", True)
     return sum_rows(rows, places.slots, k, dtype), saved, places.slots, places.source, places.ends, places.tiles
@@ -219,7 +226,7 @@ def _(
         indices.new_empty(R, dtype=torch.int32),
         indices.new_empty(R, dtype=torch.int32),
         indices.new_empty(E if R else 0, dtype=torch.int32),
-        indices.new_empty(3, tile_bound(R, E, rows), dtype=torch.int32),
+        indices.new_empty(3 * tile_bound(R, E, rows) + 1, dtype=torch.int32),
     )
 
 
@@ -254,8 +261,12 @@ def _experts_backward(
         dhidden = F.grouped_mm(drows, down, offs=ends)
         dgate_up, hidden, dweights = swiglu_backward(dhidden, saved, weights, source)
     else:
-        dgate_up, hidden, parts = gemm.dhidden(dout, weights, saved, down, places, config)
         dweights = torch.empty_like(weights)
+        if engines["dhidden"] == "tma":
+            rows = config["rows"]["BM"]
+            dgate_up, hidden, parts = tma.dhidden(dout, weights, saved, down, places, rows)
+        else:
+            dgate_up, hidden, parts = gemm.dhidden(dout, weights, saved, down, places, config)
     if engines["dweight"] == "torch":
         assert drows is not None
         ddown = F.grouped_mm(drows.mT, hidden, offs=ends).to(types[1])
@@ -268,6 +279,8 @@ def _experts_backward(
         dgate = gemm.dweight(dgate_up, x, places, config, types[0], gather_b=k)
     if engines["dx"] == "torch":
         rows = F.grouped_mm(dgate_up, gate_up, offs=ends)
+    elif engines["dx"] == "tma":
+        rows = tma.plain(dgate_up, gate_up, places, config["rows"]["BM"], "dx", False)
     else:
         rows = gemm.plain(dgate_up, gate_up, places, config, "dx", False)
     dx = sum_rows(rows, slots, k, x.dtype, parts, dweights)
@@ -312,8 +325,11 @@ def _plan(
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     """Block sizes and engines for a problem."""
     name = gemm.size_class(R, E, D, I, dtype, device)
-    fits = name == "wide" and dtype == torch.bfloat16 and D % 8 == 0 and I % 8 == 0 and hasattr(F, "grouped_mm")
-    return gemm.CONFIGS[name], ENGINES if fits else dict.fromkeys(ENGINES, "triton")
+    if name != "wide":
+        return gemm.CONFIGS[name], dict.fromkeys(ENGINES, "triton")
+    if dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        return gemm.CONFIGS[name], ENGINES
+    return gemm.CONFIGS[name], {kind: "tma" if "tma" in CHOICES[kind] else "triton" for kind in ENGINES}
 
 
 def _cast(gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from kimi_mm.kernels.moe.triton_rows import Places, on_device
 
 # Size class -> kind of product -> block sizes. `rows` is BM of all products over rows, since they share their tiles.
 # "wide" suits the 227 KiB of shared memory of Hopper, "wide, small memory" the 99 KiB of an RTX 30 or 40. "odd" is for
-# widths whose rows do not start at multiples of 16 bytes: every number is an access of its own there.
+# widths that are no multiples of 16: Triton then knows nothing of their alignment, and every number is an access.
 CONFIGS: dict[str, dict[str, dict[str, int]]] = {
     "decode": {
         "rows": {"BM": 16},
@@ -84,7 +84,7 @@ DWEIGHT_PROGRAMS = 528  # four to each of 132 multiprocessors; fewer tiles than 
 
 def size_class(R: int, E: int, D: int, I: int, dtype: torch.dtype, device: torch.device) -> str:
     """Name of the row of CONFIGS for this problem."""
-    if (D * dtype.itemsize) % 16 or (I * dtype.itemsize) % 16:
+    if D % 16 or I % 16:
         return "odd"
     if dtype == torch.float32:
         return "fp32"
@@ -92,7 +92,7 @@ def size_class(R: int, E: int, D: int, I: int, dtype: torch.dtype, device: torch
         return "decode"
     if min(D, I) < WIDE or R < WIDE * E // 4:
         return "narrow"
-    large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return "wide" if large else "wide, small memory"
 
 
@@ -113,7 +113,7 @@ def up(
             hidden,
             saved,
             places.tiles,
-            places.tiles.shape[1],
+            places.num_tiles,
             I,
             D,
             TOP_K=k,
@@ -136,7 +136,7 @@ def plain(
             matrices,
             out,
             places.tiles,
-            places.tiles.shape[1],
+            places.num_tiles,
             N,
             K,
             TRANSPOSED=transposed,
@@ -173,7 +173,7 @@ def dhidden(
             hidden,
             parts,
             places.tiles,
-            places.tiles.shape[1],
+            places.num_tiles,
             R,
             I,
             D,
@@ -219,25 +219,25 @@ def dweight(
             GATHER_A=gather_a,
             GATHER_B=gather_b,
             SPLITS=splits,
-            COMPUTE=_TYPES[narrow.dtype],
+            COMPUTE=TYPES[narrow.dtype],
             PRECISION=_precision(narrow.dtype),
             **sizes,
         )
     return out[0] if splits == 1 else out.sum(0).to(dtype)
 
 
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _grid(places: Places, columns: int, config: dict[str, int]) -> tuple[int]:
-    return (places.tiles.shape[1] * -(-columns // config["BN"]),)
+    return (places.num_tiles * -(-columns // config["BN"]),)
 
 
 def _common(matrices: Tensor, K: int, config: dict[str, dict[str, int]], kind: str) -> dict[str, object]:
     sizes = config["rows"] | config[kind]
     return {
         "EVEN_K": K % sizes["BK"] == 0,
-        "COMPUTE": _TYPES[matrices.dtype],
+        "COMPUTE": TYPES[matrices.dtype],
         "PRECISION": _precision(matrices.dtype),
         "GROUP": GROUP,
         **sizes,
@@ -250,12 +250,11 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def _place(num_tiles, columns, GROUP: tl.constexpr):
-    """Tile and column block of this program; GROUP tiles go through all columns before the next GROUP."""
-    program = tl.program_id(0)
-    first = (program // (GROUP * columns)) * GROUP
+def cover(item, num_tiles, columns, GROUP: tl.constexpr):
+    """Tile and column block of a piece of work; GROUP tiles go through all columns before the next GROUP."""
+    first = (item // (GROUP * columns)) * GROUP
     size = tl.minimum(num_tiles - first, GROUP)
-    inside = program % (GROUP * columns)
+    inside = item % (GROUP * columns)
     return first + inside % size, inside // size
 
 
@@ -319,7 +318,7 @@ def _up_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, column = _place(num_tiles, tl.cdiv(I, BN), GROUP)
+    tile, column = cover(tl.program_id(0), num_tiles, tl.cdiv(I, BN), GROUP)
     e = tl.load(tiles + tile)
     if e < 0:
         return
@@ -337,15 +336,13 @@ def _up_kernel(
     gate, up = tl.split(tl.reshape(both, (BM, BN, 2)))
     columns = column * BN + tl.arange(0, BN)[None, :]
     mask = (rows < stop)[:, None] & (columns < I)
+    w = tl.load(weights + routed).to(tl.float32)
+    h = gate * tl.sigmoid(gate) * up * w[:, None]
+    tl.store(hidden + rows.to(tl.int64)[:, None] * I + columns, h, mask=mask)
     if KEEP:
         out = saved + rows.to(tl.int64)[:, None] * (2 * I) + columns
         tl.store(out, gate, mask=mask)
         tl.store(out + I, up, mask=mask)
-        gate = gate.to(COMPUTE).to(tl.float32)  # what backward will see
-        up = up.to(COMPUTE).to(tl.float32)
-    w = tl.load(weights + routed).to(tl.float32)
-    out = hidden + rows.to(tl.int64)[:, None] * I + columns
-    tl.store(out, gate * tl.sigmoid(gate) * up * w[:, None], mask=mask)
 
 
 @triton.jit
@@ -366,7 +363,7 @@ def _plain_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, column = _place(num_tiles, tl.cdiv(N, BN), GROUP)
+    tile, column = cover(tl.program_id(0), num_tiles, tl.cdiv(N, BN), GROUP)
     e = tl.load(tiles + tile)
     if e < 0:
         return
@@ -411,7 +408,7 @@ def _dhidden_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, column = _place(num_tiles, tl.cdiv(I, BN), GROUP)
+    tile, column = cover(tl.program_id(0), num_tiles, tl.cdiv(I, BN), GROUP)
     e = tl.load(tiles + tile)
     if e < 0:
         return

@@ -3,8 +3,9 @@
     indices ─► counts per program ─► places (counting sort, stable) ─► rows in expert order ─► sums in token order
 
 A routed row r = token * k + j gets the place `slots[r]`; `source[slots[r]] = r`. Rows of expert e lie in
-[ends[e - 1], ends[e]). `tiles` names, for every tile of `rows` rows, its expert, first row and end; tiles that the
-bound on their number allows but the loads do not need have expert -1.
+[ends[e - 1], ends[e]). `tiles` lists the experts of all tiles of `rows` rows, then their first rows, then the ends of
+their experts, and last how many tiles are live; those that the bound on their number allows but the loads do not need
+have expert -1.
 
 Bytes: places 16 R + 4 E per program; `gather_rows` and `sum_rows` one read and one write of what they move.
 Floor: the copy time of those bytes.
@@ -38,7 +39,12 @@ class Places(NamedTuple):
     slots: Tensor  # [R] int32
     source: Tensor  # [R] int32
     ends: Tensor  # [E] int32
-    tiles: Tensor  # [3, tiles] int32
+    tiles: Tensor  # [3 * tiles + 1] int32
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles there may be; the last number of `tiles` says how many there are."""
+        return self.tiles.shape[0] // 3
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -62,7 +68,7 @@ def place_rows(indices: Tensor, E: int, rows: int) -> Places:
     new = {"dtype": torch.int32, "device": indices.device}
     counts = torch.empty(programs, E_PAD, **new)
     slots, source = torch.empty(R, **new), torch.empty(R, **new)
-    ends, tiles = torch.empty(E, **new), torch.empty(3, tile_bound(R, E, rows), **new)
+    ends, tiles = torch.empty(E, **new), torch.empty(3 * tile_bound(R, E, rows) + 1, **new)
     sizes = {"STEPS": steps, "BLOCK": BLOCK, "E_PAD": E_PAD, "num_warps": config["num_warps"]}
     with on_device(indices):
         _count_kernel[(programs,)](indices, counts, R, **sizes)
@@ -76,7 +82,7 @@ def place_rows(indices: Tensor, E: int, rows: int) -> Places:
             R,
             E,
             programs,
-            tiles.shape[1],
+            tiles.shape[0] // 3,
             TILE=rows,
             WALK=BLOCK,
             **sizes,
@@ -228,6 +234,8 @@ def _place_kernel(
     if program == 0:
         tl.store(ends + experts, end, mask=experts < E)
     tile_end = tl.cumsum((total + TILE - 1) // TILE, 0)
+    if program == 0:
+        tl.store(tiles + 3 * num_tiles, tl.max(tile_end, 0))
     for first in range(program * BLOCK, num_tiles, programs * BLOCK):
         t = first + tl.arange(0, BLOCK)
         e = tl.sum((tile_end[None, :] <= t[:, None]).to(tl.int32), 1)
