@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -15,6 +19,19 @@ LIMITS = {
     torch.float16: {"o": 5e-3, "state": 5e-3, "gradient": 1e-2},
     torch.bfloat16: {"o": 5e-3, "state": 5e-3, "gradient": 1e-2},
 }
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh floating-point buffers hold NaN, so that whatever is read without having been written shows."""
+    plain = torch.empty
+
+    def empty(*size, **options):
+        buffer = plain(*size, **options)
+        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from kimi_mm.kernels.kda.triton import chunk_kda
-from tests.kernels.kda_cases import DEVICE, assert_close, compare, make_inputs, relative_rms
+from tests.kernels.kda_cases import DEVICE, assert_close, compare, make_inputs, poisoned_memory, relative_rms
 
 FUSED = {"qk_l2norm": True, "beta_sigmoid": True}
 
@@ -20,8 +20,8 @@ def test_output_state_and_gradients(gate, dtype):
 
 
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
-def test_chunk_sizes_batches_and_odd_heads(chunk_size):
-    x = make_inputs(2, 50, 2, 2, 12, 20, prepared=True)
+def test_chunk_sizes_grouped_heads_and_odd_channels(chunk_size):
+    x = make_inputs(2, 34, 1, 2, 12, 20, prepared=True)
     errors = compare(chunk_kda, x, torch.float32, gate="bounded", scale=0.3, chunk_size=chunk_size)
     assert_close(errors, torch.float32)
 
@@ -41,6 +41,26 @@ def test_lengths():
     out, state = chunk_kda(**x, gate="bounded", lengths=lengths, output_final_state=True, **FUSED)
     assert torch.isfinite(out).all()
     assert torch.equal(state[1], x["initial_state"][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_packed_sequences(dtype):
+    """Ragged, empty and one-row sequences; with every fresh buffer full of NaN."""
+    sizes = [5, 0, 33, 1, 32, 0]
+    x = make_inputs(1, sum(sizes), 1, 1, 16, 24, sequences=len(sizes))
+    cu_seqlens = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], device=DEVICE, dtype=torch.int32)
+    with poisoned_memory():
+        errors = compare(chunk_kda, x, dtype, gate="bounded", cu_seqlens=cu_seqlens, chunk_size=32, **FUSED)
+    assert_close(errors, dtype)
+
+
+def test_no_rows_at_all():
+    x = {name: tensor.float().requires_grad_() for name, tensor in make_inputs(2, 0, 1, 1, 16, 16).items()}
+    out, state = chunk_kda(**x, gate="bounded", output_final_state=True, **FUSED)
+    assert out.shape == (2, 0, 1, 16)
+    assert torch.equal(state, x["initial_state"])
+    (grad,) = torch.autograd.grad(state.sum(), [x["initial_state"]])
+    assert torch.equal(grad, torch.ones_like(grad))
 
 
 def test_nothing_kept_gives_the_same_gradients(monkeypatch):

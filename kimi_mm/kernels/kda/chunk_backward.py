@@ -25,9 +25,9 @@ reads 184 KiB, writes 64 KiB, 23 MFLOP. At T = 8192, 16 heads both move 0.75 GB:
 Shapes: as in chunk_forward.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (calling a jitted function from another one looks like a call from Python, which never returns)
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -129,9 +129,7 @@ def scan_back_kernel(
 
 
 @triton.jit
-def add_pairs(
-    d_row_q, d_row_k, d_col, dG, dP, dL, mask, qf, bkf, kf, row_factor, col_factor, PRECISION: tl.constexpr
-) -> Any:
+def add_pairs(d_row_q, d_row_k, d_col, dG, dP, dL, mask, qf, bkf, kf, row_factor, col_factor, PRECISION: tl.constexpr):
     """Adds what the pairs under `mask` give, from rows qf, bkf (with beta) and columns kf, factors included.
 
     dP and dL are pointers. dG takes the very numbers that were multiplied, rounded as they were: what a pair of rows
@@ -156,7 +154,7 @@ def add_pairs(
 def add_score_gradients(
     d_q, d_kg, zr, dG, dP, dL, q, k, bt, G, BT: tl.constexpr, KT: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """Adds what dP and dL [BT, BT], given as pointers, mean for KT channels; the mirror of `add_scores`."""
     i = tl.arange(0, BT)[:, None]
     j = tl.arange(0, BT)[None, :]

@@ -16,9 +16,9 @@ Shapes:  B batch  T time  H key heads  HV value heads  NC chunks of all sequence
          BT chunk rows  BK, BV padded key channels and a tile of VP padded value channels
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (calling a jitted function from another one looks like a call from Python, which never returns)
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -41,10 +41,32 @@ from kimi_mm.kernels.kda.chunk_ops import (
 
 
 @triton.jit
+def places_kernel(cu_seqlens, offsets, owner, N, NC, BT: tl.constexpr, BLOCK: tl.constexpr):
+    """Program n counts the chunks before sequence n and signs those of n; program N marks the spare ones with -1."""
+    n = tl.program_id(0)
+    before = 0
+    for m0 in range(0, n, BLOCK):
+        m = m0 + tl.arange(0, BLOCK)
+        start = tl.load(cu_seqlens + m, mask=m < n, other=0)
+        size = tl.load(cu_seqlens + m + 1, mask=m < n, other=0) - start
+        before += tl.sum((size + BT - 1) // BT, 0).to(tl.int32)
+    tl.store(offsets + n, before)
+    count = NC - before
+    name = -1
+    if n < N:
+        size = tl.load(cu_seqlens + n + 1) - tl.load(cu_seqlens + n)
+        count = ((size + BT - 1) // BT).to(tl.int32)
+        name = n
+    for c0 in range(0, count, BLOCK):
+        c = c0 + tl.arange(0, BLOCK)
+        tl.store(owner + before + c, name, mask=c < count)
+
+
+@triton.jit
 def add_scores(
     P, A, q, k, G, BT: tl.constexpr, KT: tl.constexpr, LEVELS: tl.constexpr, SUB: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """Adds what KT channels give to P (diagonal kept) and A (strictly lower), [BT, BT] fp32.
 
     LEVELS spans from BT down to 2 SUB are taken, then the diagonal blocks of SUB rows (16 for a bounded gate, 1

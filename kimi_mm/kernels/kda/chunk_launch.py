@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kimi_mm.kernels.kda.chunk_backward import gradients_kernel, scan_back_kernel
-from kimi_mm.kernels.kda.chunk_forward import inside_kernel, scan_kernel
+from kimi_mm.kernels.kda.chunk_forward import inside_kernel, places_kernel, scan_kernel
 from kimi_mm.kernels.kda.chunk_ops import GATE_CODES
 
 # kernel -> operand width in bits -> padded K -> tiles of KT key and BV value channels, warps, pipeline stages.
@@ -219,12 +219,25 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
     kernel[grid](*args, **options)
 
 
+Places = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def find_places(plan: Plan, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Places:
+    """cu_seqlens, lengths, first chunk of each sequence [N + 1], sequence of each chunk [NC] or -1 for spares."""
+    if cu_seqlens is None:
+        return None, lengths, None, None
+    offsets = torch.empty(plan.N + 1, device=cu_seqlens.device, dtype=torch.int32)
+    owner = torch.empty(plan.NC, device=cu_seqlens.device, dtype=torch.int32)
+    _launch(places_kernel, (plan.N + 1,), cu_seqlens, offsets, owner, plan.N, plan.NC, BT=plan.BT, BLOCK=256)
+    return cu_seqlens, None, offsets, owner
+
+
 def run_inside(
     plan: Plan,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     A_log: Tensor | None,
     dt_bias: Tensor | None,
-    places: tuple[Tensor | None, ...],
+    places: Places,
     keep_X: bool,
 ) -> Chunks:
     """Everything inside the chunks; `places` is (cu_seqlens, lengths, offsets, owner)."""
@@ -255,7 +268,7 @@ def run_scan(
     plan: Plan,
     chunks: Chunks,
     initial: Tensor | None,
-    places: tuple[Tensor | None, ...],
+    places: Places,
     *,
     out: Tensor | None,
     final: Tensor | None,
@@ -283,7 +296,7 @@ def run_scan_back(
     d_out: Tensor,
     d_final: Tensor | None,
     d_initial: Tensor | None,
-    places: tuple[Tensor | None, ...],
+    places: Places,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the state after each chunk [NC, HV, BK, VP], and Y [NC, HV, BT, VP]; see chunk_backward."""
     d_states = torch.empty(plan.NC, plan.HV, plan.BK, plan.VP, device=d_out.device, dtype=plan.kind)
@@ -304,7 +317,7 @@ def run_gradients(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     A_log: Tensor | None,
     dt_bias: Tensor | None,
-    places: tuple[Tensor | None, ...],
+    places: Places,
     out: Tensor,
     states: tuple[Tensor, Tensor, Tensor, Tensor],
     d_out: Tensor,

@@ -14,9 +14,9 @@ product per score matrix. A bounded gate stops at blocks of 16 rows, whose diago
 Shapes:  BT chunk rows,  BK, BV padded key and value channels (powers of two),  G running log2-decay of the chunk.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (calling a jitted function from another one looks like a call from Python, which never returns)
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,7 +30,7 @@ GATE_CODES = {"given": 0, "bounded": 1, "softplus": 2}
 
 
 @triton.jit
-def place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT: tl.constexpr, VARLEN: tl.constexpr) -> Any:
+def place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT: tl.constexpr, VARLEN: tl.constexpr):
     """Returns batch row, first row, end of the valid rows, end of the rows to write; first is -1 for a spare chunk."""
     if VARLEN:
         n = tl.load(owner + chunk)
@@ -48,8 +48,8 @@ def place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT: tl.constex
 
 
 @triton.jit
-def row_tile(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr) -> Any:
-    """Pointers and mask of a [BT, BD] tile: rows before `left`, columns before `width`, which EVEN says is BD or more."""
+def row_tile(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
+    """Pointers and mask of a [BT, BD] tile: rows before `left`, columns before `width`; EVEN: all of them."""
     row = tl.arange(0, BT)[:, None]
     col = tl.arange(0, BD)[None, :]
     at = base + row * stride + col
@@ -60,7 +60,7 @@ def row_tile(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN
 
 
 @triton.jit
-def load_rows(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr) -> Any:
+def load_rows(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
     at, mask = row_tile(base, stride, left, width, BT, BD, EVEN)
     return tl.load(at, mask=mask, other=0.0)
 
@@ -72,7 +72,7 @@ def store_rows(base, stride, left, width, tile, BT: tl.constexpr, BD: tl.constex
 
 
 @triton.jit
-def dense(base, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr) -> Any:
+def dense(base, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
     """Pointers of a [ROWS, COLS] tile in a dense workspace."""
     return base + tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, COLS)[None, :]
 
@@ -80,7 +80,7 @@ def dense(base, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr) ->
 @triton.jit
 def inverse_norm(
     x, stride, left, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, KT: tl.constexpr, NORM: tl.constexpr
-) -> Any:
+):
     """1 / |x| for each row of K channels, or ones; [BT]."""
     if NORM:
         total = tl.zeros((BT,), tl.float32)
@@ -93,7 +93,7 @@ def inverse_norm(
 
 
 @triton.jit
-def gate_logits(raw, dt_bias, width, BD: tl.constexpr, EVEN: tl.constexpr) -> Any:
+def gate_logits(raw, dt_bias, width, BD: tl.constexpr, EVEN: tl.constexpr):
     z = raw.to(tl.float32)
     if dt_bias is not None:
         col = tl.arange(0, BD)
@@ -105,7 +105,7 @@ def gate_logits(raw, dt_bias, width, BD: tl.constexpr, EVEN: tl.constexpr) -> An
 
 
 @triton.jit
-def gate_rate(A_log, hv) -> Any:
+def gate_rate(A_log, hv):
     if A_log is not None:
         return tl.exp(tl.load(A_log + hv).to(tl.float32))
     else:
@@ -127,7 +127,7 @@ def log_decay(z, rate, lower, GATE: tl.constexpr):
 def running_decay(
     g, stride, left, width, dt_bias, rate, lower, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
     GATE: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """G [BT, BD], inclusive sum of the log2-decay; rows past the end and channels past `width` do not decay."""
     at, mask = row_tile(g, stride, left, width, BT, BD, EVEN)
     z = gate_logits(tl.load(at, mask=mask, other=0.0), dt_bias, width, BD, EVEN)

@@ -21,6 +21,7 @@ from kimi_mm.kernels.kda.checks import check_chunk_inputs
 from kimi_mm.kernels.kda.chunk_launch import (
     Chunks,
     Plan,
+    find_places,
     make_plan,
     on_device,
     rows_of,
@@ -113,9 +114,14 @@ KEPT = 8  # w kg qg P fade X states deltas
 def _forward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *options):  # type: ignore[no-untyped-def]
     *options, want_final, chunk, train = options
     plan = _plan(q, v, cu_seqlens, options, chunk)
-    places = _places(plan, cu_seqlens, lengths)
+    if plan.NC == 0:
+        final = (
+            v.new_zeros(plan.N, plan.HV, plan.V, plan.K, dtype=torch.float32) if initial is None else initial.clone()
+        )
+        return torch.empty(v.shape, dtype=v.dtype, device=v.device), final, *(q.new_empty(0) for _ in range(KEPT))
     keep = train and _kept_bytes(plan) <= KEEP_BYTES
     with on_device(q):
+        places = find_places(plan, cu_seqlens, lengths)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         final = torch.empty(plan.N, plan.HV, plan.V, plan.K, device=v.device) if want_final else None
         chunks = run_inside(plan, (q, k, v, g, beta), A_log, dt_bias, places, keep_X=keep)
@@ -152,9 +158,14 @@ def _forward_fake(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths
 def _backward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *rest):  # type: ignore[no-untyped-def]
     options, (chunk, out, d_out, d_final, *kept) = rest[:6], rest[6:]
     plan = _plan(q, v, cu_seqlens, options, chunk)
-    places = _places(plan, cu_seqlens, lengths)
     inputs = (q, k, v, g, beta)
+    if plan.NC == 0:
+        nothing = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        rest = (None if x is None else torch.zeros_like(x) for x in (A_log, dt_bias))
+        d_initial = None if initial is None else torch.zeros_like(initial) if d_final is None else d_final.clone()
+        return tuple(q.new_empty(0) if x is None else x for x in (*nothing, *rest, d_initial))
     with on_device(q):
+        places = find_places(plan, cu_seqlens, lengths)
         d_initial = None if initial is None else torch.empty_like(initial)
         if kept[0].numel():
             w, kg, qg, P, fade, X, states, deltas = kept
@@ -217,10 +228,6 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Any, chunk: 
         chunk=chunk,
         sequences=None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
     )
-
-
-def _places(plan: Plan, cu_seqlens: Tensor | None, lengths: Tensor | None) -> tuple[Tensor | None, ...]:
-    return cu_seqlens, lengths, None, None
 
 
 def _kept_bytes(plan: Plan) -> int:
