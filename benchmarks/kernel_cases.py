@@ -218,7 +218,7 @@ def _attn_res(device: str, n: int, backward: bool = False) -> Case:
 
     def theirs() -> Call:
         mix = fla("ops.attnres", "fused_attnres")
-        return lambda: mix(query.to(dtype), sources, weight.to(dtype), rms_eps=1e-6)
+        return lambda: mix(query, sources, weight, rms_eps=1e-6)
 
     columns: dict[str, Callable[[], Call]] = {"ours": mine(ours), "fla": theirs, "reference": mine(reference)}
     moved, flops = (n + 1) * N * D * sources[0].element_size(), 6 * n * N * D

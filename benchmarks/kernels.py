@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,34 +170,36 @@ def _print_accuracy(accuracy: list[dict[str, Any]]) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Bars of our time, fla's and the floor of every operation that has them, on a logarithmic axis."""
+    """Bars of our time, fla's and the floor of every operation, on a logarithmic axis; the reference's without ours."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [(row, _best(row["columns"].get("ours"))) for row in results["rows"].values() if row["floor_ms"]]
-    bars: list[tuple[str, str, Callable[[dict[str, Any]], float | None]]] = [
-        ("floor", "#b0b7c3", lambda row: row["floor_ms"]),
-        ("kimi_mm", "#1f6feb", lambda row: _best(row["columns"].get("ours"))),
-        ("fla-core", "#d4820f", lambda row: _best(row["columns"].get("fla"))),
-    ]
-    if not any(mine for _, mine in rows):
-        bars.append(("reference", "#7a8699", lambda row: _best(row["columns"].get("reference"))))
+    rows = [row for row in results["rows"].values() if row["floor_ms"]]
+    series = [("floor", "#b0b7c3", [row["floor_ms"] for row in rows])]
+    for column, label, color in (
+        ("ours", "kimi_mm", "#1f6feb"),
+        ("fla", "fla-core", "#d4820f"),
+        ("reference", "plain PyTorch", "#7a8699"),
+    ):
+        times = [_best(row["columns"].get(column)) for row in rows]
+        if any(times) and (column != "reference" or len(series) == 1):
+            series.append((label, color, times))
     figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.4), layout="constrained")
-    height = 0.8 / len(bars)
-    for place, (label, color, value) in enumerate(bars):
-        at = [index + (place - (len(bars) - 1) / 2) * height for index in range(len(rows))]
-        values = [value(row) for row, _ in rows]
-        drawn = axes.barh(at, [v or float("nan") for v in values], height, label=label, color=color)
-        axes.bar_label(drawn, [f" {v:.3g}" if v else "" for v in values], fontsize=7)
-    axes.set_yticks(range(len(rows)), [row["title"] for row, _ in rows], fontsize=8)
-    axes.invert_yaxis()
+    height = 0.8 / len(series)
+    for place, (label, color, times) in enumerate(series):
+        at = [index + (place - (len(series) - 1) / 2) * height for index in range(len(rows))]
+        drawn = axes.barh(at, [time or float("nan") for time in times], height, label=label, color=color)
+        axes.bar_label(drawn, [f" {time:.3g}" if time else "" for time in times], fontsize=7)
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds, median")
+    axes.margins(x=0.08)
+    axes.set_xlabel("milliseconds, median of replayed CUDA graphs")
     axes.set_title(f"{results['device']}, torch {results['torch']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower right", ncols=len(series), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -18,7 +18,6 @@ Shapes:  N rows  D width  V vocabulary  C rows of a chunk
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_mm.kernels.cross_entropy import reference
+from kimi_mm.kernels.launch import on_device
 
 # The rows of a chunk: enough logits for the products, and so many rows that adding to dW costs little beside them.
 CONFIGS = {"chunk": {"logits": 2**23, "rows": 1024}, "loss": {"BLOCK": 4096, "num_warps": 8}}
@@ -170,7 +170,7 @@ def _launch(
     gradient: bool,
 ) -> None:
     rows, V = z.shape
-    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+    with on_device(z):
         _loss_kernel[(rows,)](
             z,
             dz,

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_mm.kernels.moe.triton_rows import Places, on_device
+from kimi_mm.kernels.launch import on_device
+from kimi_mm.kernels.moe.triton_rows import Places
 
 # Size class -> kind of product -> block sizes. `rows` is BM of all products over rows, since they share their tiles.
 # "wide" suits the 227 KiB of shared memory of Hopper, "wide, small memory" the 99 KiB of an RTX 30 or 40. "odd" is for

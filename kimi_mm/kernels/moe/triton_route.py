@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_mm.kernels.moe.triton_rows import on_device
+from kimi_mm.kernels.launch import on_device
 
 MAX_EXPERTS = 1024  # scores of a token stay in registers
 CONFIGS = {"route": {"elements": 2048, "num_warps": 4}, "route_backward": {"elements": 4096, "num_warps": 4}}

@@ -17,13 +17,14 @@ Shapes:  N tokens  k experts per token  R = N * k routed rows  E experts  D widt
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kimi_mm.kernels.launch import on_device
 
 CONFIGS = {
     "place": {"elements": 2048, "programs": 256, "num_warps": 8},
@@ -45,11 +46,6 @@ class Places(NamedTuple):
     def num_tiles(self) -> int:
         """Tiles there may be; the last number of `tiles` says how many there are."""
         return self.tiles.shape[0] // 3
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Context that makes the device of `x` the current one, as a launch needs."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def tile_bound(R: int, E: int, rows: int) -> int:

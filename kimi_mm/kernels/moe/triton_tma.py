@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kimi_mm.kernels.launch import on_device
 from kimi_mm.kernels.moe.triton_gemm import GROUP, cover
-from kimi_mm.kernels.moe.triton_rows import Places, on_device
+from kimi_mm.kernels.moe.triton_rows import Places
 
 CONFIGS: dict[str, dict[str, int]] = {
     "up": {"BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
