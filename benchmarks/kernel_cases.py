@@ -40,7 +40,8 @@ class Case:
 
 def ours(package: str, op: str) -> Callable[..., Any]:
     """Our Triton kernel; on a CPU it needs Triton's interpreter."""
-    return getattr(importlib.import_module(f"kimi_mm.kernels.{package}.triton"), op)
+    module = "triton_step" if op == "kda_step" else "triton"
+    return getattr(importlib.import_module(f"kimi_mm.kernels.{package}.{module}"), op)
 
 
 def reference(package: str, op: str) -> Callable[..., Any]:
