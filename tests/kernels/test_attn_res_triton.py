@@ -31,8 +31,10 @@ def test_mix(n, D, dtype):
     compare(kernels.attn_res_mix, reference.attn_res_mix, inputs, eps=EPS)
 
 
-def test_mix_of_unlike_sources():
-    """Sizes from 1e-3 to 1e3, several chunks a row, several tokens a program."""
+def test_mix_of_unlike_sources(monkeypatch):
+    """Sizes from 1e-3 to 1e3, several tokens a program."""
+    for config in ("forward", "backward"):
+        monkeypatch.setitem(kernels.CONFIGS[config], "held", 128)
     inputs = [_sources(6, 40, lead=(7,), spread=3.0), *_vectors(40)]
     compare(kernels.attn_res_mix, reference.attn_res_mix, inputs, eps=EPS)
 
@@ -49,8 +51,8 @@ def test_first_source_of_its_own_dtype(dtypes):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("n", "D"), [(1, 16), (4, 40)])
 def test_mix_and_norm(n, D, dtype, monkeypatch):
-    monkeypatch.setitem(kernels.CONFIGS["forward"], "programs", 2)
-    monkeypatch.setitem(kernels.CONFIGS["backward"], "programs", 2)
+    for config in ("forward", "backward_norm"):
+        monkeypatch.setitem(kernels.CONFIGS[config], "held", 128)  # two programs share three tokens
     query, weight, out_weight = _vectors(D, 3)
     inputs = [_sources(n, D, dtype=dtype), query, weight]
 

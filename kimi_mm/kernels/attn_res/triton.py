@@ -22,11 +22,14 @@ from kimi_mm.kernels.attn_res import reference
 from kimi_mm.kernels.attn_res.triton_mix import finish_kernel, mix_backward_kernel, mix_kernel, sum_partials_kernel
 from kimi_mm.kernels.launch import check_tensors, on_device
 
-# `elements`: most channels a thread holds of a row; `programs`: most programs, each with several tokens.
+# `elements`: most channels of a row that a thread holds. `held`: channels that all programs hold together, which
+# bounds their number and with it the partial sums; they then take several tokens each. `queries`: of a program.
 CONFIGS = {
-    "forward": {"elements": 40, "programs": 2**20},
-    "backward": {"elements": 24, "programs": 528},
-    "begin": {"elements": 24, "queries": 2},
+    "forward": {"elements": 40, "held": 2**40, "num_stages": 3},
+    "backward": {"elements": 40, "held": 660 * 2560, "num_stages": 3},
+    "backward_many": {"elements": 24, "held": 396 * 3072, "num_stages": 3},
+    "backward_norm": {"elements": 24, "held": 264 * 3072, "num_stages": 3},
+    "begin": {"elements": 24, "queries": 2, "num_stages": 3},
     "finish": {"elements": 24},
     "sum": {"BR": 128, "BD": 32, "num_warps": 4},
 }
@@ -189,13 +192,15 @@ def _mix(
     hidden = torch.empty_like(first) if keep and out_weight is not None else first.new_empty(0)
     if R:
         rest, arity = _padded(sources)
-        programs, steps = _share(R, CONFIGS["forward"]["programs"])
+        config = CONFIGS["forward"]
+        chunks = _chunks(D, config["elements"])
+        programs, steps = _share(R, config["held"], chunks)
         with on_device(first):
             mix_kernel[(programs, 1)](
                 first, rest, query, norm_weight, out_weight, out, hidden, kept if keep else None, None, None,
                 R, n, steps, programs, eps, out_eps,
-                **_chunks(D, CONFIGS["forward"]["elements"]),
-                SB=1, ARITY=arity, NORM=out_weight is not None, KEEP=keep, WHOLE=True,
+                **chunks, STAGES=config["num_stages"], SB=1, ARITY=arity,
+                NORM=out_weight is not None, KEEP=keep, WHOLE=True,
             )  # fmt: skip
     return out, kept, hidden
 
@@ -237,15 +242,16 @@ def _mix_backward(
     d_sources = [torch.empty_like(s) for s in sources]
     rest, arity = _padded(sources)
     d_rest, _ = _padded(d_sources)
-    programs, steps = _share(R, CONFIGS["backward"]["programs"])
+    config = CONFIGS["backward_norm" if norm else "backward" if arity <= 8 else "backward_many"]
+    chunks = _chunks(D, config["elements"])
+    programs, steps = _share(R, config["held"], chunks)
     partial = torch.empty(1 + norm, programs, D, dtype=torch.float32, device=first.device)
     with on_device(first):
         if programs:
             mix_backward_kernel[(programs,)](
                 d_out, first, rest, query, norm_weight, out_weight, hidden, kept,
                 d_sources[0], d_rest, partial, R, n, steps, programs, out_eps,
-                **_chunks(D, CONFIGS["backward"]["elements"]),
-                ARITY=arity, NP=max(2, 2 * arity), NORM=norm,
+                **chunks, STAGES=config["num_stages"], ARITY=arity, NP=max(2, 2 * arity), NORM=norm,
             )  # fmt: skip
         columns = triton.cdiv(D, CONFIGS["sum"]["BD"])
         sum_partials_kernel[(columns,)](
@@ -306,7 +312,7 @@ def _begin(
             mix_kernel[(R, S // group)](
                 first, rest, queries, norm_weights, None, mixed, None, None, peak, total,
                 R, len(sources), 1, R, eps, 0.0,
-                **_chunks(D, config["elements"]),
+                **_chunks(D, config["elements"]), STAGES=config["num_stages"],
                 SB=group, ARITY=arity, NORM=False, KEEP=False, WHOLE=False,
             )  # fmt: skip
     return mixed, peak, total
@@ -368,9 +374,9 @@ def _chunks(D: int, elements: int) -> dict[str, int]:
     return {"D": D, "BC": width, "CH": int(triton.cdiv(D, width)), "num_warps": warps}
 
 
-def _share(R: int, limit: int) -> tuple[int, int]:
-    """Programs for R tokens, at most `limit`, and tokens for each."""
-    steps = max(1, triton.cdiv(R, limit))
+def _share(R: int, held: int, chunks: dict[str, int]) -> tuple[int, int]:
+    """Programs for R tokens, as many as hold `held` channels, and tokens for each."""
+    steps = max(1, triton.cdiv(R, max(1, held // (chunks["BC"] * chunks["CH"]))))
     return int(triton.cdiv(R, steps)), int(steps)
 
 
