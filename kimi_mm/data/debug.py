@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_mm.data.art import ART, ICON_SIZE, Named, icon_bytes, write_pack
+from kimi_mm.data.drawing import outlined, shape_icon
 from kimi_mm.data.targets import CANONICAL, TargetClip, write_target_shard
 
 _WORDS = [
@@ -54,6 +56,31 @@ def write_debug_data(folder: Path, count: int = 48, seed: int = 0) -> tuple[Path
     lines = "".join(json.dumps({"id": row["id"], "text": row["text"]}) + "\n" for row in rows)
     texts.write_bytes(gzip.compress(lines.encode(), mtime=0))
     return speech, texts
+
+
+def write_debug_art(folder: Path) -> Path:
+    """Writes `folder/art.zip`: six toys that are plain shapes, one font, a few words; returns its path."""
+    import matplotlib
+
+    toys = {
+        "ball": ("circle", (220, 30, 30)),
+        "box": ("square", (30, 90, 220)),
+        "hill": ("triangle", (40, 160, 60)),
+        "kite": ("diamond", (240, 200, 30)),
+        "tyre": ("ring", (40, 40, 40)),
+        "moon": ("crescent", (150, 80, 200)),
+    }
+    files, things = {}, []
+    for name, (shape, rgb) in toys.items():
+        icon = shape_icon(shape, rgb, ICON_SIZE, np.random.default_rng(0))
+        members = {f"icons/plain/{name}.webp": icon, f"icons/drawn/{name}.webp": outlined(icon)}
+        files.update({member: icon_bytes(image) for member, image in members.items()})
+        things.append(Named(name, f"{name}s", "toy", tuple((member.split("/")[1], member) for member in members)))
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
+    files["fonts/DejaVuSansMono.ttf"] = font.read_bytes()
+    words = sorted({*_WORDS, *(f"{a}{b}" for a in ("un", "re", "in") for b in _WORDS)})
+    write_pack(folder / ART, things, files, words)
+    return folder / ART
 
 
 def write_debug_targets(folder: Path, count: int = 24, seed: int = 0) -> Path:

@@ -255,6 +255,17 @@ KINDS: dict[str, Callable[[Art, tuple[int, int], np.random.Generator, bool], Pla
     "number": _number,
 }
 
+# (longer side, shorter side) in pixels below which there is nothing to be made out
+_SMALLEST = {"several": (84, 56), "line": (126, 44), "count": (84, 56), "text": (84, 28), "number": (56, 28)}
+
+
+def fits(kind: str, size: tuple[int, int]) -> bool:
+    """Tells whether a picture of `size` (H, W) is large enough for a kind of scene."""
+    long, short = _SMALLEST.get(kind, (28, 28))
+    wide = kind not in ("text", "number") or size[1] >= long
+    return max(size) >= long and min(size) >= short and wide
+
+
 # ---- choosing within the split ---------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,8 @@ def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: boo
     In tests all words are held out; otherwise none is, and some are letters that make no word.
     """
     font_name = art.fonts[rng.integers(len(art.fonts))]
-    lines = _lines(art, rng, test)
     width, height = image.size
-    lines = lines[: max(1, height // (2 * SMALLEST))]
+    lines: tuple[str, ...] = _lines(art, rng, test)[: max(1, height // (2 * SMALLEST))]
     size = int(rng.integers(SMALLEST, max(SMALLEST + 1, min(64, height // len(lines)))))
     box = _extent(art, font_name, size, lines)
     while box[0] > width - 6 or box[1] > height - 4:

@@ -20,41 +20,50 @@ from kimi_mm.text.backbone import Backbone
 log = logging.getLogger(__name__)
 
 
-class _Forward(nn.Module):
-    """Ids and features to the text branch's hidden state, in bf16 autocast."""
+class _Embedded(nn.Module):
+    """Ids and features to the text branch's hidden state."""
 
-    def __init__(self, backbone: Backbone, dtype: torch.dtype | None) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.backbone, self.dtype = backbone, dtype
+        self.backbone = backbone
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        # Casts must be made anew in every capture: a cached copy of a weight would never see its updates.
+        padded = (*inputs, *[None] * (4 - len(inputs)))
+        return self.backbone(self.backbone.embed(*padded)).text_hidden  # type: ignore[arg-type]
+
+
+class _InAutocast(nn.Module):
+    """A module as it is captured: with casts that are made anew, since a cached copy of a weight sees no updates."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", dtype=self.dtype or torch.bfloat16, enabled=bool(self.dtype), cache_enabled=False):
-            padded = (*inputs, *[None] * (4 - len(inputs)))
-            return self.backbone(self.backbone.embed(*padded)).text_hidden  # type: ignore[arg-type]
+            return self.module(*inputs)
 
 
-class GraphedBackbone:
-    """Callable that stands for "embed, then forward" during training.
+class Graphed:
+    """Callable that stands for a module during training: forward and backward are captured once for each shape.
 
     Args:
-        backbone: its parameters are read and receive gradients in place.
+        module: from tensors to one tensor; its parameters are read and receive gradients in place.
         enabled: False runs eagerly, as on a CPU and in runs of several processes. Gradient accumulation is not
             possible when True, since replays overwrite the gradients they returned.
     """
 
-    def __init__(self, backbone: Backbone, enabled: bool) -> None:
-        self.backbone, self.enabled = backbone, enabled
+    def __init__(self, module: nn.Module, enabled: bool) -> None:
+        self.module, self.enabled = module, enabled
         self._graphs: dict[tuple, nn.Module] = {}
         self._pool = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Maps (text_ids, audio_ids[, features, feature_mask]) to hidden states [B, T, D]."""
+        """Returns what the module returns; with graphs it is valid until the next call of the same shapes."""
         device = inputs[0].device
         alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
         if not (self.enabled and alone) or device.type != "cuda" or not torch.is_grad_enabled():
-            padded = (*inputs, *[None] * (4 - len(inputs)))
-            return self.backbone(self.backbone.embed(*padded)).text_hidden  # type: ignore[arg-type]
+            return self.module(*inputs)
         key = tuple((tuple(t.shape), t.dtype) for t in inputs)
         if key not in self._graphs:
             self._graphs[key] = self._capture(inputs)
@@ -65,13 +74,22 @@ class GraphedBackbone:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        module = _Forward(self.backbone, dtype)
         with torch.autocast("cuda", enabled=False):
             graphed = torch.cuda.make_graphed_callables(
-                module, tuple(t.clone() for t in inputs), allow_unused_input=True, pool=self._pool
+                _InAutocast(self.module, dtype),
+                tuple(t.clone() for t in inputs),
+                allow_unused_input=True,
+                pool=self._pool,
             )
         log.info("captured %s in %.1f s", [tuple(t.shape) for t in inputs], time.monotonic() - started)
         return graphed  # type: ignore[return-value]
+
+
+class GraphedBackbone(Graphed):
+    """Stands for "embed, then forward": (text_ids, audio_ids[, features, feature_mask]) to hidden states [B, T, D]."""
+
+    def __init__(self, backbone: Backbone, enabled: bool) -> None:
+        super().__init__(_Embedded(backbone), enabled)
 
 
 class Replayed:

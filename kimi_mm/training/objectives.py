@@ -103,7 +103,7 @@ class TextObjective(nn.Module):
 
     def forward(self, batch: TextBatch) -> Losses:
         hidden = self._run(batch.text_ids, batch.audio_ids)
-        loss = _cross_entropy(self.backbone, hidden.flatten(0, 1), batch.labels.flatten(), self.recipe.label_smoothing)
+        loss = cross_entropy(self.backbone, hidden.flatten(0, 1), batch.labels.flatten(), self.recipe.label_smoothing)
         return {"loss": loss, "text": loss}
 
 
@@ -126,7 +126,7 @@ class SpeechTextObjective(nn.Module):
         inputs = (batch.waves, batch.wave_lengths, batch.text_ids, batch.audio_ids, batch.feature_row)
         hidden = self._run(*self._listen[augmented](*inputs))
         picked = hidden.flatten(0, 1).index_select(0, batch.positions)
-        text = _cross_entropy(self.backbone, picked, batch.labels, self.recipe.label_smoothing)
+        text = cross_entropy(self.backbone, picked, batch.labels, self.recipe.label_smoothing)
         loss, losses = text, {"text": text}
         if self.recipe.ctc_weight:
             # The first two positions are user_start and media_begin; codes follow at once.
@@ -169,7 +169,7 @@ class SpeechTextObjective(nn.Module):
     def text_losses(self, batch: TextBatch) -> Losses:
         """Next-token loss on text alone, which keeps the language prior alive."""
         hidden = self._run(batch.text_ids, batch.audio_ids)
-        loss = _cross_entropy(self.backbone, hidden.flatten(0, 1), batch.labels.flatten(), self.recipe.label_smoothing)
+        loss = cross_entropy(self.backbone, hidden.flatten(0, 1), batch.labels.flatten(), self.recipe.label_smoothing)
         return {"loss": loss, "text_only": loss}
 
     def _hear(
@@ -229,7 +229,7 @@ def _gather_rows(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return features.gather(1, rows[..., None].expand(-1, -1, features.shape[-1]))
 
 
-def _cross_entropy(backbone: Backbone, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+def cross_entropy(backbone: Backbone, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Mean loss of hidden states [P, D] against labels [P], of which IGNORE counts for nothing."""
     logits = backbone.text_logits(hidden).float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, label_smoothing=smoothing)

@@ -16,8 +16,9 @@ from kimi_mm.audio.detokenizer_config import DetokenizerConfig
 from kimi_mm.config import Config, ConfigError, ModelConfig
 from kimi_mm.data.augment import AugmentConfig
 from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig, VocoderTrainingConfig
+from kimi_mm.training.vision_config import SceneDataConfig
 
-STAGES = ("tokenizer", "text", "asr", "detokenizer", "vocoder")
+STAGES = ("tokenizer", "text", "asr", "vision", "detokenizer", "vocoder")
 SPEECH_OUT = ("detokenizer", "vocoder")
 
 
@@ -36,6 +37,7 @@ class OptimConfig(Config):
     qk_clip: float = 100.0
     lr: float = 1e-3
     encoder_lr_scale: float = 1.0  # multiplies the rate of the pretrained audio encoder
+    vision_lr_scale: float = 1.0  # multiplies the rate of tower and projector
     betas: tuple[float, ...] = (0.9, 0.98)
     weight_decay: float = 0.05
     grad_clip: float = 1.0
@@ -85,7 +87,7 @@ class Recipe(Config):
 
     Args:
         stage: "tokenizer" (encoder distillation and quantizer), "text" (language model), "asr" (speech to text),
-            "detokenizer" (codes to mel by flow matching), "vocoder" (mel to wave).
+            "vision" (questions about pictures), "detokenizer" (codes to mel by flow matching), "vocoder" (mel to wave).
         model: model file below `recipes/`, for instance "models/nano.yaml".
         detokenizer: file of the detokenizer that the model gets, below `recipes/` ("": what the model file says).
         init: checkpoint folder to start from ("" starts from random weights).
@@ -96,7 +98,10 @@ class Recipe(Config):
         cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
         token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
         anneal_by_time: the schedule follows the clock to `time_limit_seconds` where that is further than the steps.
-        text_share: share of the steps of the asr stage that train on text alone.
+        text_share: share of the steps of the asr and vision stages that train on text alone.
+        speech_share: share of the steps of the vision stage that train on speech.
+        freeze_backbone: the vision stage trains tower and projector only, and leaves the rest bit for bit as it was.
+        weights: format of the model that is written at the end, "fp32", "fp16" or "int8".
     """
 
     stage: str
@@ -118,6 +123,9 @@ class Recipe(Config):
     stop_after: int = 0
     time_limit_seconds: float = 0.0  # 0: none; otherwise the run saves and stops before it
     text_share: float = 0.15
+    speech_share: float = 0.0
+    freeze_backbone: bool = False
+    weights: str = "fp16"
     ctc_weight: float = 0.3
     feature_dropout: float = 0.1
     token_corruption: float = 0.0
@@ -127,6 +135,7 @@ class Recipe(Config):
     text: TextDataConfig = field(default_factory=TextDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     augment_from: float = 0.0  # share of the steps before augmentation starts, or the vocoder's discriminators join
+    scenes: SceneDataConfig = field(default_factory=SceneDataConfig)
     target: TargetDataConfig = field(default_factory=TargetDataConfig)
     flow: FlowTrainingConfig = field(default_factory=FlowTrainingConfig)
     vocoder: VocoderTrainingConfig = field(default_factory=VocoderTrainingConfig)
@@ -136,6 +145,12 @@ class Recipe(Config):
             raise ConfigError(f"stage='{self.stage}' must be one of {', '.join(STAGES)}.")
         if self.cuda_graphs and self.gradient_accumulation > 1:
             raise ConfigError("cuda_graphs: not possible with gradient_accumulation above 1; choose one.")
+        if self.weights not in ("fp32", "fp16", "int8"):
+            raise ConfigError(f"weights='{self.weights}' must be fp32, fp16 or int8.")
+        if self.freeze_backbone and (self.stage != "vision" or self.text_share or self.speech_share):
+            raise ConfigError("freeze_backbone: for the vision stage with text_share and speech_share 0 only.")
+        if self.freeze_backbone and self.optim.optimizer == "muonclip":
+            raise ConfigError("freeze_backbone: QK-clip would change the backbone; choose optimizer adamw.")
 
 
 def recipes_root() -> Path:

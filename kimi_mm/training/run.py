@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
-from kimi_mm.data.debug import write_debug_data, write_debug_targets
+from kimi_mm.data.debug import write_debug_art, write_debug_data, write_debug_targets
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
+from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
@@ -22,6 +23,7 @@ from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.training.objectives import build_objective
 from kimi_mm.training.recipe import SPEECH_OUT, Recipe, load_recipe
 from kimi_mm.training.speech_out import build_speech_out
+from kimi_mm.training.vision_objective import VisionObjective
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,9 @@ def train(
     processor = Processor(config.vocab, tokenizer)
     model = Model(config)
     if settings.init:
-        # A voice may be given to a model that had none.
-        load_tensors(model, Path(settings.init), optional=("detokenizer.",) if settings.stage in SPEECH_OUT else ())
+        # A voice, or eyes, may be given to a model that had none.
+        new = "detokenizer." if settings.stage in SPEECH_OUT else "vision." if settings.stage == "vision" else None
+        load_tensors(model, Path(settings.init), optional=() if new is None else (new,))
     if settings.init_audio:
         load_tensors(model.audio, Path(settings.init_audio), prefix="audio.")
     if settings.init_vocoder and model.detokenizer is not None:
@@ -72,22 +75,25 @@ def train(
         model.audio.encoder.load_state_dict(teacher.state_dict())
     speech = _speech(settings, processor)
     heard = speech.shards.utterances if isinstance(speech, SpeechLoader) else []
-    if settings.stage == "asr" and not all(item.text for item in heard):
+    if settings.stage in ("asr", "vision") and not all(item.text for item in heard):
         folders = ", ".join(settings.speech.folders)
-        raise CheckpointError(f"{folders}: holds speech without transcripts; the asr stage needs text.")
-    needs_text = settings.stage == "text" or (settings.stage == "asr" and settings.text_share > 0)
+        raise CheckpointError(f"{folders}: holds speech without transcripts; the {settings.stage} stage needs text.")
+    needs_text = settings.stage == "text" or (settings.stage in ("asr", "vision") and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
+    scenes = SceneLoader(settings.scenes, processor, settings.seed) if settings.stage == "vision" else None
     if settings.stage in SPEECH_OUT:
         objective = build_speech_out(model, settings)
+    elif settings.stage == "vision":
+        objective = VisionObjective(model, settings)
     else:
         objective = build_objective(model, settings, teacher)
-    trainer = Trainer(settings, objective, speech, text, output)
+    trainer = Trainer(settings, objective, speech, text, output, scenes)
     model.to(trainer.accelerator.device)
     if teacher is not None and trainer.step == 0 and isinstance(speech, SpeechLoader):
         _seed_codebook(model, speech)
     numbers = trainer.train(resume=resume)
     if trainer.accelerator.is_main_process:
-        size = save_checkpoint(output / "model", model.cpu(), tokenizer, weights="fp16")
+        size = save_checkpoint(output / "model", model.cpu(), tokenizer, weights=settings.weights)
         (output / "summary.json").write_text(json.dumps({"step": trainer.step, **numbers}, indent=1) + "\n")
         log.info("wrote %s (%.1f MiB)", output / "model", size / 2**20)
     return numbers
@@ -95,7 +101,7 @@ def train(
 
 def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader | None:
     """Opens the loader that the stage's sound comes from."""
-    if recipe.stage == "text":
+    if recipe.stage == "text" or (recipe.stage == "vision" and not recipe.speech_share):
         return None
     if recipe.stage in SPEECH_OUT:
         return TargetLoader(recipe.target, recipe.seed)
@@ -111,6 +117,8 @@ def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
         recipe = recipe.replace(target=recipe.target.replace(folders=(str(write_debug_targets(folder)),)))
     if recipe.text.path == "debug":
         recipe = recipe.replace(text=recipe.text.replace(path=str(texts)))
+    if recipe.scenes.art == "debug":
+        recipe = recipe.replace(scenes=recipe.scenes.replace(art=str(write_debug_art(folder))))
     return recipe
 
 

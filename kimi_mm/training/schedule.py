@@ -1,10 +1,12 @@
-"""Learning-rate schedules as factors of the peak rate."""
+"""What changes over the steps of a run: the learning rate, as a factor of its peak, and where batches come from."""
 
 from __future__ import annotations
 
 import math
 
-from kimi_mm.training.recipe import OptimConfig
+import numpy as np
+
+from kimi_mm.training.recipe import OptimConfig, Recipe
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
@@ -24,3 +26,16 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
         return 1.0
     progress = (step - start) / max(1.0, total - start)
     return low + (1 - low) * (1 - math.sqrt(min(1.0, progress)))
+
+
+def source_of_step(recipe: Recipe, step: int) -> str:
+    """Returns "speech", "text" or "scenes": a function of the step, so that a resumed run agrees."""
+    if recipe.stage == "text":
+        return "text"
+    main = "scenes" if recipe.stage == "vision" else "speech"
+    if recipe.stage not in ("asr", "vision"):
+        return main
+    draw = np.random.default_rng((recipe.seed, step)).random()
+    if draw < recipe.text_share:
+        return "text"
+    return "speech" if draw < recipe.text_share + recipe.speech_share else main

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,37 +20,40 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextBatch, TextLoader
+from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.text.backbone import Backbone
 from kimi_mm.training import qk_clip
 from kimi_mm.training.muon import Muon, is_hidden_matrix
 from kimi_mm.training.recipe import OptimConfig, Recipe
-from kimi_mm.training.schedule import lr_factor
+from kimi_mm.training.schedule import lr_factor, source_of_step
 from kimi_mm.training.state import list_states, load_state, save_state
 
 log = logging.getLogger(__name__)
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Splits trainable parameters: decay for matrices, none for vectors and decays, a scaled rate for the encoder.
+    """Splits trainable parameters: decay for matrices, none for vectors and decays; encoder and eyes have own rates.
 
     Groups carry `muon` True for the matrices that muonclip orthogonalises.
     """
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             plain = parameter.dim() < 2 or any(part in name for part in ("A_log", "dt_bias", "query", "embed"))
             muon = config.optimizer == "muonclip" and not plain and is_hidden_matrix(name, parameter)
-            groups.setdefault((plain, ".encoder." in name, muon), []).append(parameter)
+            scale = config.encoder_lr_scale if ".encoder." in name else 1.0
+            scale = config.vision_lr_scale if name.startswith("vision.") else scale
+            groups.setdefault((plain, scale, muon), []).append(parameter)
     return [
         {
             "params": parameters,
             "muon": muon,
             "weight_decay": 0.0 if plain else config.weight_decay,
-            "lr": config.lr * (config.encoder_lr_scale if encoder else 1.0),
-            "peak_lr": config.lr * (config.encoder_lr_scale if encoder else 1.0),
+            "lr": config.lr * scale,
+            "peak_lr": config.lr * scale,
         }
-        for (plain, encoder, muon), parameters in groups.items()
+        for (plain, scale, muon), parameters in groups.items()
     ]
 
 
@@ -70,7 +72,7 @@ class Trainer:
     Args:
         recipe: what to do.
         objective: module that maps a batch to a dictionary of losses with the key "loss".
-        speech, text: loaders; which of them a step uses follows from the stage and `text_share`.
+        speech, text, scenes: loaders; which of them a step uses follows from the stage and the shares.
         run: folder for checkpoints and logs.
     """
 
@@ -81,13 +83,14 @@ class Trainer:
         speech: SpeechLoader | TargetLoader | None,
         text: TextLoader | None,
         run: Path,
+        scenes: SceneLoader | None = None,
     ) -> None:
         self.recipe, self.run = recipe, run
         self.accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
         set_seed(recipe.seed)
         optimizer = make_optimizer(objective, recipe.optim, fused=self.accelerator.device.type == "cuda")
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.loaders = {"speech": speech, "text": text}
+        self.loaders = {"speech": speech, "text": text, "scenes": scenes}
         self.step = 0
         self.stopped = False
         self.started = 0.0
@@ -138,15 +141,10 @@ class Trainer:
         factor = lr_factor(self._progress(), recipe.steps, recipe.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        # Which source a step uses is a function of the step, so that a resumed run agrees.
-        use_text = recipe.stage == "text" or (
-            recipe.stage == "asr"
-            and "text" in sources
-            and np.random.default_rng((recipe.seed, self.step)).random() < recipe.text_share
-        )
+        source = sources[source_of_step(recipe, self.step)]
         losses: dict[str, torch.Tensor] = {}
         for _ in range(recipe.gradient_accumulation):
-            batch = self._to_device(sources["text" if use_text else "speech"].next())
+            batch = self._to_device(source.next())
             with self.accelerator.autocast():
                 losses = self._losses(batch)
             self.accelerator.backward(losses["loss"] / recipe.gradient_accumulation)
@@ -179,7 +177,7 @@ class Trainer:
         return max(self.step, int(share * self.recipe.steps))
 
     def _losses(self, batch: Any) -> dict[str, torch.Tensor]:
-        if isinstance(batch, TextBatch) and self.recipe.stage == "asr":
+        if isinstance(batch, TextBatch) and self.recipe.stage in ("asr", "vision"):
             return self.accelerator.unwrap_model(self.objective).text_losses(batch)
         if isinstance(batch, TextBatch):
             return self.objective(batch)

@@ -182,7 +182,7 @@ class VisionEncoder(nn.Module):
         self._check(pixel_values, grids)
         if not grids:
             return []
-        layout = plan_layout(grids, pixel_values.device, pixel_values.device.type == "cuda")
+        layout = _layout(tuple(grids), pixel_values.device)
         x_PD = self.tower(pixel_values, layout)
         cells: list[torch.Tensor] = [x_PD] * len(grids)
         pieces = x_PD.split([group.patches for group in layout.groups])
@@ -202,6 +202,13 @@ class VisionEncoder(nn.Module):
         expected = (sum(t * h * w for t, h, w in grids), 3, tower.patch_size, tower.patch_size)
         if pixel_values.shape != expected:
             raise UserError(f"pixel_values have shape {list(pixel_values.shape)}, the grids need {list(expected)}.")
+
+
+@functools.lru_cache(maxsize=16)
+def _layout(grids: tuple[Grid, ...], device: torch.device) -> Layout:
+    """Layouts are kept: a device is not waited for twice, and a captured graph may not copy from the host at all."""
+    with torch.inference_mode(False):
+        return plan_layout(grids, device, device.type == "cuda")
 
 
 def plan_layout(grids: Sequence[Grid], device: torch.device, varlen: bool = False) -> Layout:
