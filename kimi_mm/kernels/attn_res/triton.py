@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kimi_mm.kernels.attn_res import reference
 from kimi_mm.kernels.attn_res.triton_mix import finish_kernel, mix_backward_kernel, mix_kernel, sum_partials_kernel
-from kimi_mm.kernels.launch import check_tensors, on_device
+from kimi_mm.kernels.launch import cdiv, check_tensors, on_device, power_of_two
 
 # `elements`: most channels of a row that a thread holds. `held`: channels that all programs hold together, which
 # bounds their number and with it the partial sums; they then take several tokens each. `queries`: of a program.
@@ -253,7 +252,7 @@ def _mix_backward(
                 d_sources[0], d_rest, partial, R, n, steps, programs, out_eps,
                 **chunks, STAGES=config["num_stages"], ARITY=arity, NP=max(2, 2 * arity), NORM=norm,
             )  # fmt: skip
-        columns = triton.cdiv(D, CONFIGS["sum"]["BD"])
+        columns = cdiv(D, CONFIGS["sum"]["BD"])
         sum_partials_kernel[(columns,)](
             partial, query, norm_weight, d_query, d_norm_weight, d_out_weight, programs, D,
             NORM=norm, **CONFIGS["sum"],
@@ -368,22 +367,22 @@ def _(
 def _chunks(D: int, elements: int) -> dict[str, int]:
     """Chunks of a row and warps to hold it: 8 channels a thread and chunk, at most `elements` a thread in all."""
     warps = 1
-    while warps < 16 and 8 * triton.cdiv(D, 256 * warps) > elements:
+    while warps < 16 and 8 * cdiv(D, 256 * warps) > elements:
         warps *= 2
-    width = min(256 * warps, int(triton.next_power_of_2(D)))
-    return {"D": D, "BC": width, "CH": int(triton.cdiv(D, width)), "num_warps": warps}
+    width = min(256 * warps, power_of_two(D))
+    return {"D": D, "BC": width, "CH": cdiv(D, width), "num_warps": warps}
 
 
 def _share(R: int, held: int, chunks: dict[str, int]) -> tuple[int, int]:
     """Programs for R tokens, as many as hold `held` channels, and tokens for each."""
-    steps = max(1, triton.cdiv(R, max(1, held // (chunks["BC"] * chunks["CH"]))))
-    return int(triton.cdiv(R, steps)), int(steps)
+    steps = max(1, cdiv(R, max(1, held // (chunks["BC"] * chunks["CH"]))))
+    return cdiv(R, steps), int(steps)
 
 
 def _padded(sources: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
     """All sources but the first, repeated up to a power of two from 4 on; a lone source stands for them."""
     rest = list(sources[1:]) or [sources[0]]
-    arity = max(4, int(triton.next_power_of_2(len(rest))))
+    arity = max(4, power_of_two(len(rest)))
     return tuple(rest + [rest[-1]] * (arity - len(rest))), arity
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kimi_mm.kernels.kda import reference
 from kimi_mm.kernels.kda.chunk_ops import GATE_CODES, gate_rate, log_decay
-from kimi_mm.kernels.launch import check_index, check_tensors, on_device
+from kimi_mm.kernels.launch import cdiv, check_index, check_tensors, on_device, power_of_two
 
 # Rows of the state a program holds at a time.
 CONFIGS = {"step": {"BV": 32, "num_warps": 4}, "decode": {"BV": 64, "num_warps": 8}}
@@ -178,7 +178,7 @@ def _step(
     H, K = q.shape[1:]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     sizes = _tile("step", V, K)
-    tiles = triton.cdiv(V, sizes["BV"])
+    tiles = cdiv(V, sizes["BV"])
     if o.numel():
         with on_device(state):
             _step_kernel[(B * HV * tiles,)](
@@ -222,7 +222,7 @@ def _decode(
             _decode_kernel[(B * H,)](
                 qkv, g, beta, out_gate, conv_weight, norm_weight, A_log, dt_bias, conv_state, state, slots, y,
                 qkv.stride(0), g.stride(0), beta.stride(0), out_gate.stride(0), eps, lower, scale,
-                H=H, HV=HV, W=W, WP=int(triton.next_power_of_2(W)), GATE=GATE_CODES[gate], **_tile("decode", V, K),
+                H=H, HV=HV, W=W, WP=power_of_two(W), GATE=GATE_CODES[gate], **_tile("decode", V, K),
             )  # fmt: skip
     return y
 
@@ -237,8 +237,8 @@ def _(
 def _tile(which: str, V: int, K: int) -> dict[str, int]:
     """Rows of the state a program holds, fewer of wider ones, and about 32 numbers of them a thread."""
     config = CONFIGS[which]
-    BK = max(16, int(triton.next_power_of_2(K)))
-    BV = min(max(16, config["BV"] * 128 // max(BK, 128)), int(triton.next_power_of_2(V)))
+    BK = max(16, power_of_two(K))
+    BV = min(max(16, config["BV"] * 128 // max(BK, 128)), power_of_two(V))
     return {"V": V, "K": K, "BV": BV, "BK": BK, "num_warps": min(config["num_warps"], max(1, BV * BK // 1024))}
 
 

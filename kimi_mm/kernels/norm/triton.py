@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_mm.kernels.launch import check_tensors, on_device
+from kimi_mm.kernels.launch import cdiv, check_tensors, on_device, power_of_two
 from kimi_mm.kernels.norm import reference
 
 # `elements` of a tile; `programs` bounds the partial sums of the weight's gradient.
@@ -66,7 +66,7 @@ def _norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     tile = _tile("forward", R, D)
     if R:
         with on_device(x):
-            _forward_kernel[(triton.cdiv(R, tile["BR"]),)](x, gate, weight, y, R, eps, **tile)
+            _forward_kernel[(cdiv(R, tile["BR"]),)](x, gate, weight, y, R, eps, **tile)
     return y
 
 
@@ -81,9 +81,9 @@ def _norm_backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: flo
     R = x.numel() // D
     dx, dgate = torch.empty_like(x), torch.empty_like(gate)
     tile = _tile("backward", R, D)
-    blocks = triton.cdiv(R, tile["BR"])
-    steps = max(1, triton.cdiv(blocks, CONFIGS["backward"]["programs"]))
-    programs = triton.cdiv(blocks, steps)
+    blocks = cdiv(R, tile["BR"])
+    steps = max(1, cdiv(blocks, CONFIGS["backward"]["programs"]))
+    programs = cdiv(blocks, steps)
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     if programs:
         with on_device(x):
@@ -111,8 +111,8 @@ _norm.register_autograd(_gradients, setup_context=_keep)
 def _tile(which: str, R: int, D: int) -> dict[str, int]:
     """Tile of all channels and some rows, and its warps."""
     config = CONFIGS[which]
-    BD = int(triton.next_power_of_2(D))
-    rows = min(max(1, config["elements"] // BD), int(triton.next_power_of_2(max(R, 1))))
+    BD = power_of_two(D)
+    rows = min(max(1, config["elements"] // BD), power_of_two(max(R, 1)))
     return {"D": D, "BR": rows, "BD": BD, "num_warps": max(config["num_warps"], BD // 1024)}
 
 
