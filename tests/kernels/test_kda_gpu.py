@@ -170,6 +170,31 @@ def test_compiles_whole_and_passes_opcheck():
         assert relative_rms(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("parts", [2, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_parts_side_by_side(parts, dtype, monkeypatch):
+    monkeypatch.setattr("kimi_mm.kernels.kda.chunk_configs.PARTS", parts)
+    x = make_inputs(2, 700, 1, 2, 64, 96, spread=1.0)
+    assert_close(compare(chunk_kda, x, dtype, gate="bounded", **FUSED), dtype)
+    sizes = [5, 0, 300, 1, 64, 200]
+    x = make_inputs(1, sum(sizes), 1, 2, 128, 128, sequences=len(sizes))
+    cu_seqlens = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], device="cuda")
+    assert_close(compare(chunk_kda, x, dtype, gate="bounded", cu_seqlens=cu_seqlens, **FUSED), dtype)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_chunk_sizes(rows, dtype):
+    x = make_inputs(2, 300, 2, 2, 128, 128, spread=1.0)
+    assert_close(compare(chunk_kda, x, dtype, gate="bounded", chunk_size=rows, **FUSED), dtype)
+
+
+def test_long_sequence_of_one_head():
+    """Long enough that `chunk_kda` cuts it into parts by itself."""
+    x = make_inputs(1, 6000, 1, 1, 64, 64, spread=1.0)
+    assert_close(compare(chunk_kda, x, torch.bfloat16, gate="bounded", **FUSED), torch.bfloat16)
+
+
 def test_long_sequence_against_the_fp32_reference():
     x = {n: t.bfloat16() for n, t in make_inputs(1, 8192, 2, 2, 128, 128, spread=1.0).items()}
     with torch.no_grad():

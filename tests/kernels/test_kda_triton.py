@@ -54,6 +54,18 @@ def test_packed_sequences(dtype):
     assert_close(errors, dtype)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_side_by_side(packed, monkeypatch):
+    """Sequences cut into three parts, of which the last may be short or empty."""
+    monkeypatch.setattr("kimi_mm.kernels.kda.chunk_configs.PARTS", 3)
+    sizes = [70, 0, 20, 1] if packed else [70]
+    x = make_inputs(1, sum(sizes), 1, 1, 16, 24, sequences=len(sizes))
+    cu_seqlens = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], device=DEVICE) if packed else None
+    with poisoned_memory():
+        errors = compare(chunk_kda, x, torch.float32, gate="bounded", cu_seqlens=cu_seqlens, **FUSED)
+    assert_close(errors, torch.float32)
+
+
 def test_no_rows_at_all():
     x = {name: tensor.float().requires_grad_() for name, tensor in make_inputs(2, 0, 1, 1, 16, 16).items()}
     out, state = chunk_kda(**x, gate="bounded", output_final_state=True, **FUSED)

@@ -50,6 +50,7 @@ from kimi_mm.kernels.kda.chunk_ops import (
     span_factor,
     span_mask,
     store_rows,
+    stretch,
 )
 
 
@@ -57,72 +58,66 @@ from kimi_mm.kernels.kda.chunk_ops import (
 def scan_back_kernel(
     w, kg, qg, P, X, fade, d_out, d_final, cu_seqlens, lengths, offsets,
     d_states, ys, d_initial,
-    T, per_row, HV,
+    T, per_row, HV, parts,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
     VARLEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BV value channels of one head from the last chunk of a sequence to the first.
+    """A tile of BV value channels of one head through one part of a sequence, from its last chunk to its first.
 
-    Writes d_states [NC, HV, BK, VP], the gradient of the state each chunk ends with, ys [NC, HV, BT, VP], Y, and
-    d_initial [N, HV, V, K] unless it is None.
+    d_final, the gradient of the state the part ends with, and d_initial, of the one it starts from, are
+    [N * parts, HV, V, K] or None. d_states [NC, HV, BK, VP], the gradient of the state each chunk ends with, and ys
+    [NC, HV, BT, VP], Y, are both None where only d_initial is wanted.
     """
     v0 = tl.program_id(0) * BV
     hv = tl.program_id(1)
-    n = tl.program_id(2).to(tl.int64)
-    if VARLEN:
-        row = tl.load(cu_seqlens + n).to(tl.int64)
-        length = tl.load(cu_seqlens + n + 1).to(tl.int32) - row.to(tl.int32)
-        chunk = tl.load(offsets + n).to(tl.int64)
-        count = (length + BT - 1) // BT
-    else:
-        row = n * T
-        length = T
-        if lengths is not None:
-            length = tl.minimum(tl.load(lengths + n).to(tl.int32), T)
-        chunk = n * per_row
-        count = per_row
+    n = (tl.program_id(2) // parts).to(tl.int64)
+    part = tl.program_id(2) % parts
+    row, chunk, left, count = stretch(n, part, parts, T, per_row, cu_seqlens, offsets, BT, VARLEN)
+    if lengths is not None:
+        left -= T - tl.minimum(tl.load(lengths + n).to(tl.int32), T)
     KIND = w.dtype.element_ty
     key = tl.arange(0, BK)
     value = v0 + tl.arange(0, BV)
     d_state = tl.zeros((BK, BV), tl.float32)
-    at_state = ((n * HV + hv) * V + value[None, :]) * K + key[:, None]
+    at_state = ((n * parts + part) * HV + hv) * V * K + value[None, :] * K + key[:, None]
     inside = (key[:, None] < K) & (value[None, :] < V)
     if d_final is not None:
         d_state += tl.load(d_final + at_state, mask=inside, other=0.0)
 
     tile = (chunk + count - 1) * HV + hv
+    left -= (count - 1) * BT
     rows = tl.arange(0, BT)[:, None]
     wide = rows * BK + key[None, :]
-    narrow = rows * VP + value[None, :]
+    inner = rows * BT + tl.arange(0, BT)[None, :]
     p_w = w + tile * BT * BK + wide
     p_kg = kg + tile * BT * BK + wide
     p_qg = qg + tile * BT * BK + wide
-    inner = rows * BT + tl.arange(0, BT)[None, :]
     p_P = P + tile * BT * BT + inner
-    p_X = X + tile * BT * BT + inner
     p_fade = fade + tile * BK + key
     p_out = d_out + ((row + (count - 1) * BT) * HV + hv) * V + rows * (HV * V) + value[None, :]
-    p_states = d_states + tile * BK * VP + key[:, None] * VP + value[None, :]
-    p_y = ys + tile * BT * VP + narrow
-    left = length - (count - 1) * BT
+    if ys is not None:
+        p_X = X + tile * BT * BT + inner
+        p_states = d_states + tile * BK * VP + key[:, None] * VP + value[None, :]
+        p_y = ys + tile * BT * VP + rows * VP + value[None, :]
     for _ in tl.range(0, count, num_stages=STAGES):
         after = d_state.to(KIND)
         d_o = tl.load(p_out, mask=(rows < left) & (value[None, :] < V), other=0.0).to(KIND)
         d_delta = tl.dot(tl.trans(tl.load(p_P)), d_o, input_precision=PRECISION)
         d_delta = tl.dot(tl.load(p_kg), after, d_delta, input_precision=PRECISION).to(KIND)
-        tl.store(p_states, after)
-        tl.store(p_y, tl.dot(tl.trans(tl.load(p_X)), d_delta, input_precision=PRECISION).to(KIND))
+        if ys is not None:
+            tl.store(p_states, after)
+            tl.store(p_y, tl.dot(tl.trans(tl.load(p_X)), d_delta, input_precision=PRECISION).to(KIND))
+            p_X -= HV * BT * BT
+            p_states -= HV * BK * VP
+            p_y -= HV * BT * VP
         d_state = tl.dot(tl.trans(tl.load(p_qg)), d_o, d_state * tl.load(p_fade)[:, None], input_precision=PRECISION)
         d_state -= tl.dot(tl.trans(tl.load(p_w)), d_delta, input_precision=PRECISION)
         p_w -= HV * BT * BK
         p_kg -= HV * BT * BK
         p_qg -= HV * BT * BK
         p_P -= HV * BT * BT
-        p_X -= HV * BT * BT
         p_fade -= HV * BK
         p_out -= BT * HV * V
-        p_states -= HV * BK * VP
-        p_y -= HV * BT * VP
         left += BT
     if d_initial is not None:
         tl.store(d_initial + at_state, d_state, mask=inside)

@@ -36,6 +36,7 @@ from kimi_mm.kernels.kda.chunk_ops import (
     running_decay,
     span_factor,
     span_mask,
+    stretch,
     unit_lower_inverse,
 )
 
@@ -167,36 +168,28 @@ def inside_kernel(
 def scan_kernel(
     w, u, kg, qg, P, fade, initial, cu_seqlens, offsets,
     o, final, states, deltas,
-    T, per_row, HV,
+    T, per_row, HV, parts,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
     VARLEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BV value channels of one head through all chunks of one sequence, state in registers.
+    """A tile of BV value channels of one head through the chunks of one part of a sequence, state in registers.
 
-    Each output may be None: o; final, the last state [N, HV, V, K]; states [NC, HV, BK, VP], what each chunk starts
-    from, with deltas [NC, HV, BT, VP], both for the backward.
+    `initial` [N * parts, HV, V, K] or None. Each output may be None: o; final, the last state [N, HV, V, K]; states
+    [NC, HV, BK, VP], what each chunk starts from, with deltas [NC, HV, BT, VP], both for the backward.
     """
     v0 = tl.program_id(0) * BV
     hv = tl.program_id(1)
-    n = tl.program_id(2).to(tl.int64)
-    if VARLEN:
-        row = tl.load(cu_seqlens + n).to(tl.int64)
-        length = tl.load(cu_seqlens + n + 1).to(tl.int32) - row.to(tl.int32)
-        chunk = tl.load(offsets + n).to(tl.int64)
-        count = (length + BT - 1) // BT
-    else:
-        row = n * T
-        length = T
-        chunk = n * per_row
-        count = per_row
+    n = (tl.program_id(2) // parts).to(tl.int64)
+    part = tl.program_id(2) % parts
+    row, chunk, left, count = stretch(n, part, parts, T, per_row, cu_seqlens, offsets, BT, VARLEN)
     KIND = w.dtype.element_ty
     key = tl.arange(0, BK)
     value = v0 + tl.arange(0, BV)
     state = tl.zeros((BK, BV), tl.float32)
-    at_state = ((n * HV + hv) * V + value[None, :]) * K + key[:, None]
+    at_state = value[None, :] * K + key[:, None]
     inside = (key[:, None] < K) & (value[None, :] < V)
     if initial is not None:
-        state += tl.load(initial + at_state, mask=inside, other=0.0)
+        state += tl.load(initial + ((n * parts + part) * HV + hv) * V * K + at_state, mask=inside, other=0.0)
 
     tile = chunk * HV + hv
     rows = tl.arange(0, BT)[:, None]
@@ -213,7 +206,6 @@ def scan_kernel(
     if states is not None:
         p_states = states + tile * BK * VP + key[:, None] * VP + value[None, :]
         p_deltas = deltas + tile * BT * VP + narrow
-    left = length
     for _ in tl.range(0, count, num_stages=STAGES):
         start = state.to(KIND)
         delta = (tl.load(p_u).to(tl.float32) - tl.dot(tl.load(p_w), start, input_precision=PRECISION)).to(KIND)
@@ -235,5 +227,46 @@ def scan_kernel(
         p_u += HV * BT * VP
         p_fade += HV * BK
         left -= BT
-    if final is not None:
-        tl.store(final + at_state, state, mask=inside)
+    if final is not None and part == parts - 1:
+        tl.store(final + (n * HV + hv) * V * K + at_state, state, mask=inside)
+
+
+@triton.jit
+def summary_kernel(
+    w, u, kg, fade, cu_seqlens, offsets,
+    summary,
+    T, per_row, HV, parts, first_tile,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr,
+    VARLEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a part of a sequence does to any state: S_end = M S + S_ext (the product of its chunks' maps).
+
+    Writes summary [N * parts, HV, VP + BK, BK], transposed: S_ext from a zero state, then M from the identity with all
+    values zero. Per chunk of 64 rows at K = V = 128 it reads 48 KiB and does 8 MFLOP.
+    """
+    c0 = (tl.program_id(0) + first_tile) * BV
+    hv = tl.program_id(1)
+    n = (tl.program_id(2) // parts).to(tl.int64)
+    part = tl.program_id(2) % parts
+    _, chunk, _, count = stretch(n, part, parts, T, per_row, cu_seqlens, offsets, BT, VARLEN)
+    KIND = w.dtype.element_ty
+    key = tl.arange(0, BK)
+    column = c0 + tl.arange(0, BV)
+    state = tl.where(column[None, :] - VP == key[:, None], 1.0, 0.0)
+    tile = chunk * HV + hv
+    rows = tl.arange(0, BT)[:, None]
+    wide = rows * BK + key[None, :]
+    p_w = w + tile * BT * BK + wide
+    p_kg = kg + tile * BT * BK + wide
+    p_u = u + tile * BT * VP + rows * VP + column[None, :]
+    p_fade = fade + tile * BK + key
+    for _ in tl.range(0, count, num_stages=STAGES):
+        given = tl.load(p_u, mask=(column[None, :] < VP) & (rows >= 0), other=0.0).to(tl.float32)
+        delta = (given - tl.dot(tl.load(p_w), state.to(KIND), input_precision=PRECISION)).to(KIND)
+        state = tl.dot(tl.trans(tl.load(p_kg)), delta, state * tl.load(p_fade)[:, None], input_precision=PRECISION)
+        p_w += HV * BT * BK
+        p_kg += HV * BT * BK
+        p_u += HV * BT * VP
+        p_fade += HV * BK
+    to = summary + ((n * parts + part) * HV + hv) * (VP + BK) * BK
+    tl.store(to + column[None, :] * BK + key[:, None], state)

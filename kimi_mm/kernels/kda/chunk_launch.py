@@ -1,7 +1,11 @@
 """Launches the chunk kernels of KDA: sizes, workspaces, tile choices.
 
-    forward   inside ─► scan                                    backward   scan_back ─► gradients
-                                                                (inside ─► scan again first, where nothing was kept)
+    forward    inside ─► scan
+    backward   scan_back ─► gradients     (inside ─► scan again first, where nothing was kept)
+
+A scan walks the chunks of a sequence one after another. Where heads and sequences are too few to fill the device, each
+sequence is cut into parts: `summary` finds what every part does to any state, S -> M S + S_ext, these maps are folded
+from part to part, and the parts are scanned side by side, each from its true state; backward likewise, from the end.
 
 Shapes: as in chunk_forward. Workspaces are laid out per chunk and padded to powers of two, so that their tiles are
 dense and a ragged tail never runs over.
@@ -18,62 +22,9 @@ import torch
 from torch import Tensor
 
 from kimi_mm.kernels.kda.chunk_backward import gradients_kernel, scan_back_kernel
-from kimi_mm.kernels.kda.chunk_forward import inside_kernel, places_kernel, scan_kernel
+from kimi_mm.kernels.kda.chunk_configs import bits_of, parts_of_sequence, rows_of_chunk, tiles
+from kimi_mm.kernels.kda.chunk_forward import inside_kernel, places_kernel, scan_kernel, summary_kernel
 from kimi_mm.kernels.kda.chunk_ops import GATE_CODES
-
-# kernel -> operand width in bits -> padded K -> tiles of KT key and BV value channels, warps, pipeline stages.
-# A benchmark may write other values in here before the first call.
-CONFIGS: dict[str, dict[int, dict[int, dict[str, int]]]] = {
-    "inside": {
-        16: {
-            64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
-            128: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
-            256: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
-        },
-        32: {
-            64: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-            128: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-            256: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-        },
-    },
-    "scan": {
-        16: {
-            64: {"BV": 32, "num_warps": 4, "num_stages": 3},
-            128: {"BV": 32, "num_warps": 4, "num_stages": 2},
-            256: {"BV": 32, "num_warps": 8, "num_stages": 2},
-        },
-        32: {
-            64: {"BV": 16, "num_warps": 4, "num_stages": 2},
-            128: {"BV": 16, "num_warps": 4, "num_stages": 2},
-            256: {"BV": 16, "num_warps": 8, "num_stages": 2},
-        },
-    },
-    "scan_back": {
-        16: {
-            64: {"BV": 32, "num_warps": 4, "num_stages": 3},
-            128: {"BV": 32, "num_warps": 4, "num_stages": 2},
-            256: {"BV": 32, "num_warps": 8, "num_stages": 2},
-        },
-        32: {
-            64: {"BV": 16, "num_warps": 4, "num_stages": 2},
-            128: {"BV": 16, "num_warps": 4, "num_stages": 2},
-            256: {"BV": 16, "num_warps": 8, "num_stages": 2},
-        },
-    },
-    "gradients": {
-        16: {
-            64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
-            128: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
-            256: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
-        },
-        32: {
-            64: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-            128: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-            256: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-        },
-    },
-}
-MAX_CHUNK = {16: {64: 64, 128: 64, 256: 32}, 32: {64: 32, 128: 32, 256: 16}}  # rows a chunk may have, as CONFIGS
 
 
 @dataclass(frozen=True)
@@ -115,17 +66,16 @@ class Plan:
         return (self.BT // self.sub).bit_length() - 1
 
     def config(self, kernel: str) -> dict[str, int]:
-        chosen = dict(CONFIGS[kernel][self.bits][max(64, self.BK)])
-        chosen["BV"] = min(chosen["BV"], self.VP)
-        if "KT" in chosen:
-            chosen["KT"] = min(chosen["KT"], self.BK)
-        return chosen
+        return tiles(kernel, self.bits, self.BK, self.VP, self.BT)
+
+    def parts(self, kernel: str, device: torch.device) -> int:
+        """Parts of each sequence for a scan, chosen by shapes alone."""
+        programs = self.N * self.HV * (self.VP // self.config(kernel)["BV"])
+        return parts_of_sequence(programs, self.NC // max(1, self.N), device)
 
     def shapes(self) -> dict[str, Any]:
         """Compile-time arguments that all kernels share."""
         return {
-            "K": self.K,
-            "V": self.V,
             "BT": self.BT,
             "BK": self.BK,
             "VP": self.VP,
@@ -160,13 +110,9 @@ def make_plan(
     chunk: int,
     sequences: int | None,
 ) -> Plan:
-    """`sequences` counts those packed in one row, None for a dense batch; `chunk` 0 picks by length."""
+    """`sequences` counts those packed in one row, None for a dense batch; `chunk` is its rows."""
     B, T, HV, V = v.shape
     H, K = q.shape[-2:]
-    BK = padded(K)
-    bits = 32 if v.dtype == torch.float32 else 16
-    if chunk == 0:
-        chunk = min(64 if T > 32 else 32 if T > 16 else 16, MAX_CHUNK[bits][max(64, BK)])
     per_row = -(-T // chunk)
     return Plan(
         B=B,
@@ -179,9 +125,9 @@ def make_plan(
         NC=B * per_row if sequences is None else T // chunk + min(sequences, T),
         per_row=per_row,
         BT=chunk,
-        BK=BK,
+        BK=padded(K),
         VP=padded(V),
-        bits=bits,
+        bits=bits_of(v.dtype),
         gate=GATE_CODES[gate],
         bounded=bounded,
         norm=norm,
@@ -190,6 +136,11 @@ def make_plan(
         scale=scale,
         lower=lower,
     )
+
+
+def pick_chunk(q: Tensor, v: Tensor, train: bool) -> int:
+    """Rows of a chunk where the caller leaves them open."""
+    return rows_of_chunk(v.shape[1], bits_of(v.dtype), padded(q.shape[-1]), train, v.device)
 
 
 def padded(channels: int) -> int:
@@ -258,7 +209,7 @@ def run_inside(
         *inputs, A_log, dt_bias, *places,
         out.w, out.u, out.kg, out.qg, out.P, out.X, out.fade,
         *strides(*inputs), plan.scale, plan.lower, plan.T, plan.per_row, plan.HV,
-        H=plan.H, LEVELS=plan.levels, SUB=plan.sub, LOG_BT=plan.BT.bit_length() - 1,
+        H=plan.H, K=plan.K, V=plan.V, LEVELS=plan.levels, SUB=plan.sub, LOG_BT=plan.BT.bit_length() - 1,
         GATE=plan.gate, NORM=plan.norm, SIGMOID=plan.sigmoid, **plan.shapes(), **plan.config("inside"),
     )  # fmt: skip
     return out
@@ -276,18 +227,52 @@ def run_scan(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills `out` and `final` where given; returns the states and deltas of all chunks if they are to be kept."""
     states = deltas = None
+    device = chunks.w.device
     if keep_states:
-        states = torch.empty(plan.NC, plan.HV, plan.BK, plan.VP, device=chunks.w.device, dtype=plan.kind)
-        deltas = torch.empty(plan.NC, plan.HV, plan.BT, plan.VP, device=chunks.w.device, dtype=plan.kind)
+        states = torch.empty(plan.NC, plan.HV, plan.BK, plan.VP, device=device, dtype=plan.kind)
+        deltas = torch.empty(plan.NC, plan.HV, plan.BT, plan.VP, device=device, dtype=plan.kind)
+    parts = plan.parts("scan", device)
+    if parts > 1:
+        initial = fold(plan, run_summary(plan, chunks, places, parts), initial)
     config = plan.config("scan")
     stages = config.pop("num_stages")
     _launch(
-        scan_kernel, (plan.VP // config["BV"], plan.HV, plan.N),
+        scan_kernel, (plan.VP // config["BV"], plan.HV, plan.N * parts),
         chunks.w, chunks.u, chunks.kg, chunks.qg, chunks.P, chunks.fade, initial, places[0], places[2],
-        out, final, states, deltas, plan.T, plan.per_row, plan.HV,
-        STAGES=stages, **plan.shapes(), **config,
+        out, final, states, deltas, plan.T, plan.per_row, plan.HV, parts,
+        K=plan.K, V=plan.V, STAGES=stages, **plan.shapes(), **config,
     )  # fmt: skip
     return states, deltas
+
+
+def run_summary(plan: Plan, chunks: Chunks, places: Places, parts: int, maps_only: bool = False) -> Tensor:
+    """S_ext and M of every part [N, parts, HV, VP + BK, BK], transposed; `maps_only` leaves S_ext unwritten."""
+    summary = torch.empty(plan.N, parts, plan.HV, plan.VP + plan.BK, plan.BK, device=chunks.w.device)
+    config = plan.config("scan")
+    stages = config.pop("num_stages")
+    BV = config["BV"] = min(config["BV"], plan.BK)
+    first_tile = plan.VP // BV if maps_only else 0
+    _launch(
+        summary_kernel, ((plan.VP + plan.BK) // BV - first_tile, plan.HV, plan.N * parts),
+        chunks.w, chunks.u, chunks.kg, chunks.fade, places[0], places[2], summary,
+        plan.T, plan.per_row, plan.HV, parts, first_tile, STAGES=stages, **plan.shapes(), **config,
+    )  # fmt: skip
+    return summary
+
+
+def fold(plan: Plan, summary: Tensor, initial: Tensor | None) -> Tensor:
+    """The state each part starts from, [N * parts, HV, V, K], by S <- M S + S_ext from part to part."""
+    N, parts = summary.shape[:2]
+    state = summary.new_zeros(N, plan.HV, plan.V, plan.K) if initial is None else initial
+    starts = summary.new_empty(N, parts, plan.HV, plan.V, plan.K)
+    for part in range(parts):
+        starts[:, part] = state
+        added, through = (
+            summary[:, part, :, : plan.V, : plan.K],
+            summary[:, part, :, plan.VP :][..., : plan.K, : plan.K],
+        )
+        state = added + state @ through
+    return starts.flatten(0, 1)
 
 
 def run_scan_back(
@@ -301,14 +286,32 @@ def run_scan_back(
     """Gradients of the state after each chunk [NC, HV, BK, VP], and Y [NC, HV, BT, VP]; see chunk_backward."""
     d_states = torch.empty(plan.NC, plan.HV, plan.BK, plan.VP, device=d_out.device, dtype=plan.kind)
     ys = torch.empty(plan.NC, plan.HV, plan.BT, plan.VP, device=d_out.device, dtype=plan.kind)
+    parts = plan.parts("scan_back", d_out.device)
     config = plan.config("scan_back")
     stages = config.pop("num_stages")
-    _launch(
-        scan_back_kernel, (plan.VP // config["BV"], plan.HV, plan.N),
-        chunks.w, chunks.kg, chunks.qg, chunks.P, chunks.X, chunks.fade, d_out, d_final, *places[:3],
-        d_states, ys, d_initial, plan.T, plan.per_row, plan.HV,
-        STAGES=stages, **plan.shapes(), **config,
-    )  # fmt: skip
+
+    def walk(d_ends: Tensor | None, d_starts: Tensor | None, states: Tensor | None, y: Tensor | None) -> None:
+        _launch(
+            scan_back_kernel, (plan.VP // config["BV"], plan.HV, plan.N * parts),
+            chunks.w, chunks.kg, chunks.qg, chunks.P, chunks.X, chunks.fade, d_out, d_ends, *places[:3],
+            states, y, d_starts, plan.T, plan.per_row, plan.HV, parts,
+            K=plan.K, V=plan.V, STAGES=stages, **plan.shapes(), **config,
+        )  # fmt: skip
+
+    if parts == 1:
+        walk(d_final, d_initial, d_states, ys)
+        return d_states, ys
+    added = torch.empty(plan.N, parts, plan.HV, plan.V, plan.K, device=d_out.device)
+    walk(None, added.flatten(0, 1), None, None)
+    maps = run_summary(plan, chunks, places, parts, maps_only=True)[:, :, :, plan.VP :][..., : plan.K, : plan.K]
+    d_state = torch.zeros_like(added[:, 0]) if d_final is None else d_final
+    d_ends = torch.empty_like(added)
+    for part in reversed(range(parts)):
+        d_ends[:, part] = d_state
+        d_state = added[:, part] + d_state @ maps[:, part].mT
+    if d_initial is not None:
+        d_initial.copy_(d_state)
+    walk(d_ends.flatten(0, 1), None, d_states, ys)
     return d_states, ys
 
 
@@ -339,8 +342,8 @@ def run_gradients(
         *inputs, A_log, dt_bias, *places,
         out, *states, d_out, dq, dk, dv, dg, dbeta, dA, dbias, pairs,
         *strides(*inputs), plan.scale, plan.lower, plan.T, plan.per_row, plan.HV,
-        H=plan.H, LEVELS=plan.levels, SUB=plan.sub, GATE=plan.gate, NORM=plan.norm, SIGMOID=plan.sigmoid,
-        **plan.shapes(), **plan.config("gradients"),
+        H=plan.H, K=plan.K, V=plan.V, LEVELS=plan.levels, SUB=plan.sub,
+        GATE=plan.gate, NORM=plan.norm, SIGMOID=plan.sigmoid, **plan.shapes(), **plan.config("gradients"),
     )  # fmt: skip
     if grouped:
         dq = dq.view(B, T, plan.H, -1, K).sum(3).to(q.dtype)

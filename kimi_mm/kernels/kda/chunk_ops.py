@@ -48,6 +48,24 @@ def place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT: tl.constex
 
 
 @triton.jit
+def stretch(n, part, parts, T, per_row, cu_seqlens, offsets, BT: tl.constexpr, VARLEN: tl.constexpr):
+    """The chunks of sequence n that are part `part` of `parts`: their first row and chunk, rows left, and number."""
+    if VARLEN:
+        row = tl.load(cu_seqlens + n).to(tl.int64)
+        length = tl.load(cu_seqlens + n + 1).to(tl.int32) - row.to(tl.int32)
+        chunk = tl.load(offsets + n).to(tl.int64)
+        count = (length + BT - 1) // BT
+    else:
+        row = n * T
+        length = T
+        chunk = n * per_row
+        count = per_row
+    each = (count + parts - 1) // parts
+    skipped = part * each
+    return row + skipped * BT, chunk + skipped, length - skipped * BT, tl.maximum(tl.minimum(count - skipped, each), 0)
+
+
+@triton.jit
 def row_tile(base, stride, left, width, BT: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
     """Pointers and mask of a [BT, BD] tile: rows before `left`, columns before `width`; EVEN: all of them."""
     row = tl.arange(0, BT)[:, None]

@@ -24,12 +24,14 @@ from kimi_mm.kernels.kda.chunk_launch import (
     find_places,
     make_plan,
     on_device,
+    pick_chunk,
     rows_of,
     run_gradients,
     run_inside,
     run_scan,
     run_scan_back,
 )
+from kimi_mm.kernels.precision import without_autocast
 
 # Bytes of intermediates a call may keep for its backward; beyond them the backward computes them again.
 KEEP_BYTES = 512 * 2**20
@@ -92,7 +94,7 @@ def chunk_kda(
         qk_l2norm,
         beta_sigmoid,
         output_final_state,
-        chunk_size or 0,
+        chunk_size or pick_chunk(q, v, train),
         train,
     )
     return outputs[0], outputs[1] if output_final_state else None
@@ -120,7 +122,7 @@ def _forward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *op
         )
         return torch.empty(v.shape, dtype=v.dtype, device=v.device), final, *(q.new_empty(0) for _ in range(KEPT))
     keep = train and _kept_bytes(plan) <= KEEP_BYTES
-    with on_device(q):
+    with on_device(q), without_autocast(q.device):
         places = find_places(plan, cu_seqlens, lengths)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         final = torch.empty(plan.N, plan.HV, plan.V, plan.K, device=v.device) if want_final else None
@@ -164,7 +166,7 @@ def _backward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *r
         rest = (None if x is None else torch.zeros_like(x) for x in (A_log, dt_bias))
         d_initial = None if initial is None else torch.zeros_like(initial) if d_final is None else d_final.clone()
         return tuple(q.new_empty(0) if x is None else x for x in (*nothing, *rest, d_initial))
-    with on_device(q):
+    with on_device(q), without_autocast(q.device):
         places = find_places(plan, cu_seqlens, lengths)
         d_initial = None if initial is None else torch.empty_like(initial)
         if kept[0].numel():
