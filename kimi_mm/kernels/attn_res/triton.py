@@ -375,7 +375,7 @@ def _chunks(D: int, elements: int) -> dict[str, int]:
 
 def _share(R: int, held: int, chunks: dict[str, int]) -> tuple[int, int]:
     """Programs for R tokens, as many as hold `held` channels, and tokens for each."""
-    steps = max(1, cdiv(R, max(1, held // (chunks["BC"] * chunks["CH"]))))
+    steps = max(1, cdiv(R, held // (chunks["BC"] * chunks["CH"])))
     return cdiv(R, steps), int(steps)
 
 
