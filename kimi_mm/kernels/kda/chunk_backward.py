@@ -68,10 +68,11 @@ def scan_back_kernel(
     [N * parts, HV, V, K] or None. d_states [NC, HV, BK, VP], the gradient of the state each chunk ends with, and ys
     [NC, HV, BT, VP], Y, are both None where only d_initial is wanted.
     """
-    v0 = tl.program_id(0) * BV
-    hv = tl.program_id(1)
-    n = (tl.program_id(2) // parts).to(tl.int64)
-    part = tl.program_id(2) % parts
+    v0 = tl.program_id(0) % (VP // BV) * BV
+    walker = tl.program_id(0) // (VP // BV)
+    hv = walker % HV
+    n = (walker // HV // parts).to(tl.int64)
+    part = walker // HV % parts
     row, chunk, left, count = stretch(n, part, parts, T, per_row, cu_seqlens, offsets, BT, VARLEN)
     if lengths is not None:
         left -= T - tl.minimum(tl.load(lengths + n).to(tl.int32), T)
@@ -193,8 +194,8 @@ def gradients_kernel(
     k dk = 2 Y D - beta Y v, summed over the head), then KT key channels at a time, each on its own. dP and dL wait in
     `pairs` [NC, HV, 2, BT, BT]: their masked parts, kept in registers, would be more than a program has.
     """
-    chunk = tl.program_id(0)
-    hv = tl.program_id(1)
+    chunk = tl.program_id(0) // HV
+    hv = tl.program_id(0) % HV
     b, first, end, stop = place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT, VARLEN)
     if VARLEN and first < 0:
         return

@@ -21,8 +21,8 @@ HALF, SINGLE = 16, 32  # operand bits: bfloat16, and fp32 as three tf32 products
 ROWS: dict[str, dict[int, dict[int, Leaf]]] = {
     "hopper": {
         HALF: {
-            64: {"inference": 64, "training": 64},
-            128: {"inference": 64, "training": 64},
+            64: {"inference": 32, "training": 32},
+            128: {"inference": 32, "training": 32},
             256: {"inference": 32, "training": 32},
         },
         SINGLE: {
@@ -49,18 +49,18 @@ KERNELS: dict[str, dict[int, dict[int, dict[int, Leaf]]]] = {
     "inside": {
         HALF: {
             64: {
-                16: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
-                32: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1},
+                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1},
                 64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
             },
             128: {
-                16: {"KT": 128, "BV": 64, "num_warps": 4, "num_stages": 1},
-                32: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1},
+                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1},
                 64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
             },
             256: {
-                16: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
-                32: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1},
+                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1},
             },
         },
         SINGLE: {
@@ -118,17 +118,17 @@ KERNELS: dict[str, dict[int, dict[int, dict[int, Leaf]]]] = {
     "gradients": {
         HALF: {
             64: {
-                16: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
                 32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
                 64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
             },
             128: {
-                16: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
                 32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
                 64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
             },
             256: {
-                16: {"KT": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
                 32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
             },
         },

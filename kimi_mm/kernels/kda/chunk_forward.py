@@ -1,7 +1,7 @@
 """Forward kernels of chunked KDA: everything inside a chunk at once, then a serial scan over the chunks.
 
-    inside   (chunk, head)           q k v g beta ─► w u kg qg P X fade
-    scan     (V tile, head, sequence)  D = u - w S     o = qg S + P D     S <- fade * S + kg^T D
+    inside   chunk, head             q k v g beta ─► w u kg qg P X fade
+    scan     V tile, head, sequence   D = u - w S     o = qg S + P D     S <- fade * S + kg^T D
 
 with S [K, V] the state a chunk starts from and, for one chunk (facts of Kimi Linear, section 3; G = running log-decay),
 
@@ -105,8 +105,8 @@ def inside_kernel(
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head, KT channels at a time: gate, norms, P, X, and from them w, u, kg, qg; see the module."""
-    chunk = tl.program_id(0)
-    hv = tl.program_id(1)
+    chunk = tl.program_id(0) // HV
+    hv = tl.program_id(0) % HV
     b, first, end, _ = place(chunk, T, per_row, cu_seqlens, lengths, offsets, owner, BT, VARLEN)
     if VARLEN and first < 0:
         return
@@ -177,10 +177,11 @@ def scan_kernel(
     `initial` [N * parts, HV, V, K] or None. Each output may be None: o; final, the last state [N, HV, V, K]; states
     [NC, HV, BK, VP], what each chunk starts from, with deltas [NC, HV, BT, VP], both for the backward.
     """
-    v0 = tl.program_id(0) * BV
-    hv = tl.program_id(1)
-    n = (tl.program_id(2) // parts).to(tl.int64)
-    part = tl.program_id(2) % parts
+    v0 = tl.program_id(0) % (VP // BV) * BV
+    walker = tl.program_id(0) // (VP // BV)
+    hv = walker % HV
+    n = (walker // HV // parts).to(tl.int64)
+    part = walker // HV % parts
     row, chunk, left, count = stretch(n, part, parts, T, per_row, cu_seqlens, offsets, BT, VARLEN)
     KIND = w.dtype.element_ty
     key = tl.arange(0, BK)
@@ -244,10 +245,12 @@ def summary_kernel(
     Writes summary [N * parts, HV, VP + BK, BK], transposed: S_ext from a zero state, then M from the identity with all
     values zero. Per chunk of 64 rows at K = V = 128 it reads 48 KiB and does 8 MFLOP.
     """
-    c0 = (tl.program_id(0) + first_tile) * BV
-    hv = tl.program_id(1)
-    n = (tl.program_id(2) // parts).to(tl.int64)
-    part = tl.program_id(2) % parts
+    tiles = (VP + BK) // BV - first_tile
+    c0 = (tl.program_id(0) % tiles + first_tile) * BV
+    walker = tl.program_id(0) // tiles
+    hv = walker % HV
+    n = (walker // HV // parts).to(tl.int64)
+    part = walker // HV % parts
     _, chunk, _, count = stretch(n, part, parts, T, per_row, cu_seqlens, offsets, BT, VARLEN)
     KIND = w.dtype.element_ty
     key = tl.arange(0, BK)

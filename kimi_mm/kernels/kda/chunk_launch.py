@@ -166,8 +166,8 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(s for x in tensors for s in x.stride()[:2])
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    kernel[grid](*args, **options)
+def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    kernel[(programs,)](*args, **options)
 
 
 Places = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -179,7 +179,7 @@ def find_places(plan: Plan, cu_seqlens: Tensor | None, lengths: Tensor | None) -
         return None, lengths, None, None
     offsets = torch.empty(plan.N + 1, device=cu_seqlens.device, dtype=torch.int32)
     owner = torch.empty(plan.NC, device=cu_seqlens.device, dtype=torch.int32)
-    _launch(places_kernel, (plan.N + 1,), cu_seqlens, offsets, owner, plan.N, plan.NC, BT=plan.BT, BLOCK=256)
+    _launch(places_kernel, plan.N + 1, cu_seqlens, offsets, owner, plan.N, plan.NC, BT=plan.BT, BLOCK=256)
     return cu_seqlens, None, offsets, owner
 
 
@@ -205,7 +205,7 @@ def run_inside(
         u=make(*lead, plan.BT, plan.VP),
     )
     _launch(
-        inside_kernel, (plan.NC, plan.HV),
+        inside_kernel, plan.NC * plan.HV,
         *inputs, A_log, dt_bias, *places,
         out.w, out.u, out.kg, out.qg, out.P, out.X, out.fade,
         *strides(*inputs), plan.scale, plan.lower, plan.T, plan.per_row, plan.HV,
@@ -237,7 +237,7 @@ def run_scan(
     config = plan.config("scan")
     stages = config.pop("num_stages")
     _launch(
-        scan_kernel, (plan.VP // config["BV"], plan.HV, plan.N * parts),
+        scan_kernel, plan.VP // config["BV"] * plan.HV * plan.N * parts,
         chunks.w, chunks.u, chunks.kg, chunks.qg, chunks.P, chunks.fade, initial, places[0], places[2],
         out, final, states, deltas, plan.T, plan.per_row, plan.HV, parts,
         K=plan.K, V=plan.V, STAGES=stages, **plan.shapes(), **config,
@@ -253,7 +253,7 @@ def run_summary(plan: Plan, chunks: Chunks, places: Places, parts: int, maps_onl
     BV = config["BV"] = min(config["BV"], plan.BK)
     first_tile = plan.VP // BV if maps_only else 0
     _launch(
-        summary_kernel, ((plan.VP + plan.BK) // BV - first_tile, plan.HV, plan.N * parts),
+        summary_kernel, ((plan.VP + plan.BK) // BV - first_tile) * plan.HV * plan.N * parts,
         chunks.w, chunks.u, chunks.kg, chunks.fade, places[0], places[2], summary,
         plan.T, plan.per_row, plan.HV, parts, first_tile, STAGES=stages, **plan.shapes(), **config,
     )  # fmt: skip
@@ -292,7 +292,7 @@ def run_scan_back(
 
     def walk(d_ends: Tensor | None, d_starts: Tensor | None, states: Tensor | None, y: Tensor | None) -> None:
         _launch(
-            scan_back_kernel, (plan.VP // config["BV"], plan.HV, plan.N * parts),
+            scan_back_kernel, plan.VP // config["BV"] * plan.HV * plan.N * parts,
             chunks.w, chunks.kg, chunks.qg, chunks.P, chunks.X, chunks.fade, d_out, d_ends, *places[:3],
             states, y, d_starts, plan.T, plan.per_row, plan.HV, parts,
             K=plan.K, V=plan.V, STAGES=stages, **plan.shapes(), **config,
@@ -338,7 +338,7 @@ def run_gradients(
     dbias = None if dt_bias is None else parts(plan.NC, HV, K, device=v.device)
     pairs = make(plan.NC, HV, 2, plan.BT, plan.BT, dtype=plan.kind)
     _launch(
-        gradients_kernel, (plan.NC, plan.HV),
+        gradients_kernel, plan.NC * plan.HV,
         *inputs, A_log, dt_bias, *places,
         out, *states, d_out, dq, dk, dv, dg, dbeta, dA, dbias, pairs,
         *strides(*inputs), plan.scale, plan.lower, plan.T, plan.per_row, plan.HV,
