@@ -52,24 +52,86 @@ def asr(
 
 
 @app.command()
+def vision(
+    set: Annotated[
+        str, typer.Option("--set", help="naming, style, count, color, relation, reading, digits or all.")
+    ] = "all",
+    data: Annotated[Path, typer.Option(metavar="DIR", help="What 'kimi-mm prepare scenes' filled.")] = Path("data"),
+    model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
+    label: Annotated[str | None, typer.Option(help="What tables call the model; default: its name.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    result: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pictures of each set.")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many wrong answers of each set to show.")] = 3,
+    latency: Annotated[bool, typer.Option(help="Measure the time to the first word too.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Measure answers about pictures: naming, counting, colours, relations, reading, digits, and the time they take."""
+    from kimi_mm.data.scene_sets import SETS
+    from kimi_mm.evaluation.vision import Judge, answer_all, collect, first_word_latency, read_sets, score
+
+    if set != "all" and set not in SETS:
+        raise UsageError(f"--set {set}: unknown; choose one of {', '.join(SETS)}, all.")
+    if result is not None:
+        check_writable(result)
+    chosen = {name: examples[:limit] for name, examples in read_sets(data, set).items()}
+
+    import kimi_mm
+
+    engine = kimi_mm.load(model, device=device)
+    engine.look([])  # says at once that a model has no eyes
+    first_word = first_word_latency(lambda picture: engine.describe_stream(picture)) if latency else None
+    scores = []
+    for name, examples in chosen.items():
+        with progress_bar(name, quiet) as progress:
+            answers = answer_all(lambda path, text: engine.describe(path, text, max_tokens=48), examples, progress)
+        scores.append(score(name, answers, Judge(), worst=max(worst, 10)))
+    evaluation = collect(label or engine.config.name, model, device, scores, first_word)
+    if result is not None:
+        write_file(result, (json.dumps(evaluation, indent=1) + "\n").encode())
+    show_vision(evaluation, worst)
+
+
+@app.command()
 def card(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="From 'kimi-mm eval asr --json'.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="From 'kimi-mm eval ... --json'.")],
     write: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Put the table between this file's score markers.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Put the table between this file's markers.")
     ] = None,
 ) -> None:
-    """Make the markdown table of a model card from evaluation results."""
-    from kimi_mm.evaluation.report import load_result, markdown_table, replace_between_markers
+    """Make the markdown table of a model card from evaluation results, all of one kind."""
+    from kimi_mm.evaluation import report, vision_report
+    from kimi_mm.evaluation.vision import KIND as VISION
 
-    table = markdown_table([load_result(path) for path in results])
+    begin, end = report.BEGIN, report.END
+    if report.read_result(results[0]).get("kind") == VISION:
+        begin, end = vision_report.BEGIN, vision_report.END
+        found = [vision_report.check_result(report.read_result(path), str(path)) for path in results]
+        table = vision_report.markdown_table(found)
+    else:
+        table = report.markdown_table([report.load_result(path) for path in results])
     for path in write or []:
         try:
             document = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-        write_file(path, replace_between_markers(document, table, str(path)).encode())
+        write_file(path, report.replace_between_markers(document, table, str(path), begin, end).encode())
     if not write:
         print(table, end="")
+
+
+def show_vision(evaluation: dict[str, Any], worst: int) -> None:
+    """Prints the scores as a table, then some wrong answers of each set."""
+    from rich.console import Console
+
+    from kimi_mm.evaluation.vision_report import conditions, terminal_table
+
+    Console().print(terminal_table(evaluation))
+    print(conditions(evaluation))
+    for row in evaluation["sets"]:
+        for item in row["worst"][:worst]:
+            truth = ", ".join(item["truth"])
+            print(f"{row['set']}/{item['picture']}: {item['question']} {item['said']!r}, not {truth!r}")
 
 
 def show(evaluation: dict[str, Any], worst: int) -> None:

@@ -4,6 +4,7 @@ text    ─► DATA/texts.jsonl.gz           human ─► DATA/human/{adapt,test
 speech  ─► DATA/speech/shard-*           eval  ─► DATA/{test_sent,test_voice}/shard-*
 targets ─► DATA/targets/target-*         (24 kHz, for speech output)
 encoder ─► DATA/whisper_tiny_en_encoder.safetensors    unlabelled ─► DATA/unlabelled/shards/shard-*
+art     ─► DATA/art/{art,held-out}.zip   scenes ─► DATA/scenes/<set>/*.png (test sets of pictures)
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class DataKind(str, enum.Enum):
     eval = "eval"
     speech = "speech"
     targets = "targets"
+    art = "art"
+    scenes = "scenes"
     all = "all"
 
 
@@ -39,7 +42,7 @@ def prepare(
         DataKind,
         typer.Argument(
             help="text, human (recordings), encoder (pretrained), unlabelled (speech), eval (test sets), speech, "
-            "targets (of speech output), all."
+            "targets (of speech output), art (for pictures), scenes (test sets of pictures), all."
         ),
     ],
     data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder.")] = Path("data"),
@@ -53,7 +56,8 @@ def prepare(
         float | None, typer.Option(min=0.001, help="Of training speech; default: each sentence once.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Utterances instead: of training speech, or per test set.")
+        int | None,
+        typer.Option(min=1, help="Utterances instead: of training speech, or per test set; questions per set."),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Of synthesis; default: one per core.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -64,15 +68,18 @@ def prepare(
     except OSError as error:
         raise UserError(f"{data}: the folder cannot be made ({error.strerror}).") from None
 
+    from kimi_mm.data.art import ART
     from kimi_mm.data.prepare import TEXTS, human_shards
     from kimi_mm.data.prepare import prepare as run
 
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
     from_text = (DataKind.eval, DataKind.speech, DataKind.targets)
     needs_text = kinds[0] in from_text and not (data / TEXTS).exists()
-    own_folder = (DataKind.human, DataKind.speech, DataKind.targets, DataKind.unlabelled)
+    needs_art = kinds[0] is DataKind.scenes and not (data / "art" / ART).exists()
+    own_folder = (DataKind.human, DataKind.speech, DataKind.targets, DataKind.unlabelled, DataKind.art, DataKind.scenes)
     folders = {k: data / k.value for k in own_folder}
-    for step in [DataKind.text, *kinds] if needs_text else kinds:
+    first = [DataKind.text] if needs_text else [DataKind.art] if needs_art else []
+    for step in [*first, *kinds]:
         with _progress() as progress:
             report = run(
                 step.value,
@@ -83,6 +90,7 @@ def prepare(
                 count=count,
                 processes=processes,
                 tools=tools,
+                art=data / "art" if step is DataKind.scenes else None,
                 seed=seed,
                 progress=progress,
             )

