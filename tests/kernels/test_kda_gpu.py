@@ -156,7 +156,7 @@ def test_training_step_as_a_cuda_graph(keep, monkeypatch):
             assert torch.equal(got, want)
 
 
-def test_compiles_whole_and_passes_opcheck():
+def test_compiles_whole_and_keeps_the_rules_of_operators():
     x = {n: t.float().requires_grad_() for n, t in make_inputs(1, 70, 1, 1, 32, 32).items()}
     options = {"gate": "bounded", "output_final_state": True, **FUSED}
 
@@ -168,6 +168,9 @@ def test_compiles_whole_and_passes_opcheck():
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(**x), list(x.values()))
     for a, b in zip(got, want, strict=True):
         assert relative_rms(a, b) < 1e-5
+    nowhere = (None, None)
+    settings = ("bounded", True, -5.0, 0.2, True, True, True, 0, True)
+    torch.library.opcheck(torch.ops.kimi_mm.chunk_kda.default, (*x.values(), *nowhere, *settings))
 
 
 @pytest.mark.parametrize("parts", [2, 7])

@@ -131,12 +131,12 @@ def add_pairs(d_row_q, d_row_k, d_col, dG, dP, dL, mask, qf, bkf, kf, row_factor
     dP and dL are pointers. dG takes the very numbers that were multiplied, rounded as they were: what a pair of rows
     adds to one and takes from the other then cancels to fp32 in the sums that follow, and bfloat16 costs dg nothing.
     """
-    part = tl.load(dP, mask=mask, other=0.0)
+    part = tl.where(mask, tl.load(dP), 0.0)
     product = tl.dot(part, kf, input_precision=PRECISION)
     d_row_q += row_factor * product
     dG += qf * product
     columns = tl.dot(tl.trans(part), qf, input_precision=PRECISION)
-    part = tl.load(dL, mask=mask, other=0.0)
+    part = tl.where(mask, tl.load(dL), 0.0)
     product = tl.dot(part, kf, input_precision=PRECISION)
     d_row_k += row_factor * product
     dG += bkf * product
@@ -162,7 +162,7 @@ def add_score_gradients(
         bkf = (k * factor * bt[:, None]).to(KIND)
         d_q, zr, d_kg, dG = add_pairs(d_q, zr, d_kg, dG, dP, dL, mask, qf, bkf, kf, factor, factor, PRECISION)
     if SUB == 1:
-        diagonal = tl.sum(tl.load(dP, mask=i == j, other=0.0).to(tl.float32), 1)[:, None]
+        diagonal = tl.sum(tl.where(i == j, tl.load(dP), 0.0).to(tl.float32), 1)[:, None]
         d_q += diagonal * k
         d_kg += diagonal * q
     else:

@@ -108,11 +108,14 @@ def make_plan(
     scale: float,
     lower: float,
     chunk: int,
+    train: bool,
     sequences: int | None,
 ) -> Plan:
-    """`sequences` counts those packed in one row, None for a dense batch; `chunk` is its rows."""
+    """`sequences` counts those packed in one row, None for a dense batch; `chunk` 0 leaves its rows to the tables."""
     B, T, HV, V = v.shape
     H, K = q.shape[-2:]
+    bits, BK = bits_of(v.dtype), padded(K)
+    chunk = chunk or rows_of_chunk(T, bits, BK, train, v.device)
     per_row = -(-T // chunk)
     return Plan(
         B=B,
@@ -125,9 +128,9 @@ def make_plan(
         NC=B * per_row if sequences is None else T // chunk + min(sequences, T),
         per_row=per_row,
         BT=chunk,
-        BK=padded(K),
+        BK=BK,
         VP=padded(V),
-        bits=bits_of(v.dtype),
+        bits=bits,
         gate=GATE_CODES[gate],
         bounded=bounded,
         norm=norm,
@@ -136,11 +139,6 @@ def make_plan(
         scale=scale,
         lower=lower,
     )
-
-
-def pick_chunk(q: Tensor, v: Tensor, train: bool) -> int:
-    """Rows of a chunk where the caller leaves them open."""
-    return rows_of_chunk(v.shape[1], bits_of(v.dtype), padded(q.shape[-1]), train, v.device)
 
 
 def padded(channels: int) -> int:

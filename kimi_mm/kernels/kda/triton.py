@@ -24,7 +24,6 @@ from kimi_mm.kernels.kda.chunk_launch import (
     find_places,
     make_plan,
     on_device,
-    pick_chunk,
     rows_of,
     run_gradients,
     run_inside,
@@ -94,7 +93,7 @@ def chunk_kda(
         qk_l2norm,
         beta_sigmoid,
         output_final_state,
-        chunk_size or pick_chunk(q, v, train),
+        chunk_size or 0,
         train,
     )
     return outputs[0], outputs[1] if output_final_state else None
@@ -115,7 +114,7 @@ KEPT = 8  # w kg qg P fade X states deltas
 )
 def _forward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *options):  # type: ignore[no-untyped-def]
     *options, want_final, chunk, train = options
-    plan = _plan(q, v, cu_seqlens, options, chunk)
+    plan = _plan(q, v, cu_seqlens, options, chunk, train)
     if plan.NC == 0:
         final = (
             v.new_zeros(plan.N, plan.HV, plan.V, plan.K, dtype=torch.float32) if initial is None else initial.clone()
@@ -137,7 +136,7 @@ def _forward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *op
 @_forward.register_fake
 def _forward_fake(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *options):  # type: ignore[no-untyped-def]
     *options, want_final, chunk, train = options
-    plan = _plan(q, v, cu_seqlens, options, chunk)
+    plan = _plan(q, v, cu_seqlens, options, chunk, train)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(plan.N, plan.HV, plan.V, plan.K, device=v.device) if want_final else q.new_empty(0)
     if not (train and _kept_bytes(plan) <= KEEP_BYTES):
@@ -159,7 +158,7 @@ def _forward_fake(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths
 )
 def _backward(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths, *rest):  # type: ignore[no-untyped-def]
     options, (chunk, out, d_out, d_final, *kept) = rest[:6], rest[6:]
-    plan = _plan(q, v, cu_seqlens, options, chunk)
+    plan = _plan(q, v, cu_seqlens, options, chunk, train=True)
     inputs = (q, k, v, g, beta)
     if plan.NC == 0:
         nothing = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
@@ -216,7 +215,7 @@ def _autograd_backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Any, chunk: int) -> Plan:
+def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Any, chunk: int, train: bool) -> Plan:
     gate, bounded, lower, scale, norm, sigmoid = options
     return make_plan(
         q,
@@ -228,6 +227,7 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Any, chunk: 
         norm=norm,
         sigmoid=sigmoid,
         chunk=chunk,
+        train=train,
         sequences=None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
     )
 
