@@ -14,7 +14,6 @@ dense and a ragged tail never runs over.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,13 +143,6 @@ def make_plan(
 def padded(channels: int) -> int:
     """Power of two that a tile of so many channels takes; tensor cores want 16 at least."""
     return max(16, 1 << (channels - 1).bit_length())
-
-
-def on_device(x: Tensor) -> Any:
-    """Context in which Triton launches on the device of `x`."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def rows_of(x: Tensor, heads: int) -> Tensor:

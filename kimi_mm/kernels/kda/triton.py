@@ -23,13 +23,13 @@ from kimi_mm.kernels.kda.chunk_launch import (
     Plan,
     find_places,
     make_plan,
-    on_device,
     rows_of,
     run_gradients,
     run_inside,
     run_scan,
     run_scan_back,
 )
+from kimi_mm.kernels.launch import on_device
 from kimi_mm.kernels.precision import without_autocast
 
 # Bytes of intermediates a call may keep for its backward; beyond them the backward computes them again.
