@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
 from kimi_mm.kernels.kda.reference import GATES
+from kimi_mm.kernels.launch import check_bounds, check_index, check_tensors
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNKS = (16, 32, 64)
 MAX_K = 256
 
@@ -48,45 +45,24 @@ def check_chunk_inputs(
         raise ValueError(f"v has {HV} heads, which must be a multiple of the {H} heads of q and k.")
     if not 1 <= K <= MAX_K:
         raise ValueError(f"q has {K} channels a head; this kernel takes 1 to {MAX_K}.")
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "q": (q, (B, T, H, K)),
-        "k": (k, (B, T, H, K)),
-        "g": (g, (B, T, HV, K)),
-        "beta": (beta, (B, T, HV)),
-        "A_log": (A_log, (HV,)),
-        "dt_bias": (dt_bias, (HV * K,)),
-        "initial_state": (initial_state, (sequences, HV, V, K)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} where {shape} is expected beside v {tuple(v.shape)}.")
-        if tensor.device != v.device:
-            raise ValueError(f"{name} lies on {tensor.device}, v on {v.device}; bring them together.")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}; take bfloat16, float16 or float32, or the reference kernels.")
-    if v.dtype not in DTYPES:
-        raise ValueError(f"v is {v.dtype}; take bfloat16, float16 or float32, or the reference kernels.")
     if cu_seqlens is not None:
-        _check_index("cu_seqlens", cu_seqlens, None)
         if B != 1 or lengths is not None:
             raise ValueError("cu_seqlens needs batch size 1 and no lengths; pass one packed row.")
-        if cu_seqlens.device.type == "cpu":
-            bounds = cu_seqlens.tolist()
-            if bounds[0] != 0 or bounds[-1] != T or any(end < start for start, end in pairwise(bounds)):
-                raise ValueError(f"cu_seqlens must rise from 0 to {T}, got {bounds[:3]}..{bounds[-1]}.")
-        cu_seqlens = cu_seqlens.to(v.device).contiguous()
+        cu_seqlens = check_bounds(cu_seqlens, T, v.device)
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_tensors(
+        v,
+        {
+            "q": (q, (B, T, H, K)),
+            "k": (k, (B, T, H, K)),
+            "v": (v, (B, T, HV, V)),
+            "g": (g, (B, T, HV, K)),
+            "beta": (beta, (B, T, HV)),
+            "A_log": (A_log, (HV,)),
+            "dt_bias": (dt_bias, (HV * K,)),
+            "initial_state": (initial_state, (sequences, HV, V, K)),
+        },
+    )
     if lengths is not None:
-        _check_index("lengths", lengths, B)
-        lengths = lengths.to(v.device).contiguous()
+        lengths = check_index("lengths", lengths, B, v.device)
     return cu_seqlens, lengths
-
-
-def _check_index(name: str, index: Tensor, size: int | None) -> None:
-    wanted = "[N + 1]" if size is None else f"[{size}]"
-    if index.dim() != 1 or index.shape[0] < 1 or (size is not None and index.shape[0] != size):
-        raise ValueError(f"{name} is {tuple(index.shape)} where {wanted} is expected.")
-    if index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} is {index.dtype} where int32 or int64 is expected.")

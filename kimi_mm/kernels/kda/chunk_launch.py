@@ -24,6 +24,7 @@ from kimi_mm.kernels.kda.chunk_backward import gradients_kernel, scan_back_kerne
 from kimi_mm.kernels.kda.chunk_configs import bits_of, parts_of_sequence, rows_of_chunk, tiles
 from kimi_mm.kernels.kda.chunk_forward import inside_kernel, places_kernel, scan_kernel, summary_kernel
 from kimi_mm.kernels.kda.chunk_ops import GATE_CODES
+from kimi_mm.kernels.launch import cdiv, power_of_two
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def make_plan(
     H, K = q.shape[-2:]
     bits, BK = bits_of(v.dtype), padded(K)
     chunk = chunk or rows_of_chunk(T, bits, BK, train, v.device)
-    per_row = -(-T // chunk)
+    per_row = cdiv(T, chunk)
     return Plan(
         B=B,
         T=T,
@@ -142,7 +143,7 @@ def make_plan(
 
 def padded(channels: int) -> int:
     """Power of two that a tile of so many channels takes; tensor cores want 16 at least."""
-    return max(16, 1 << (channels - 1).bit_length())
+    return max(16, power_of_two(channels))
 
 
 def rows_of(x: Tensor, heads: int) -> Tensor:
