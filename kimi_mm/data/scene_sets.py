@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kimi_mm.data.art import ART, HELD_OUT, Art
+from kimi_mm.data.art import ART, HELD_OUT, Art, held_out
 from kimi_mm.data.digits import coarse_picture
 from kimi_mm.data.manifest import ManifestError, read_rows, resolve, write_aside, write_manifest, write_rows
 from kimi_mm.data.packages import wheel_package
 from kimi_mm.data.questions import NUMBERS, Asker, Question
-from kimi_mm.data.scenes import Scene, compose, fits
+from kimi_mm.data.scenes import Scene, compose, compositions, fits
+from kimi_mm.errors import UserError
 
 SETS = ("naming", "style", "count", "color", "relation", "reading", "digits")
 KEYS = {"image": str, "question": str, "kind": str, "truth": list, "answer": str}
@@ -86,7 +87,9 @@ def draw_set(name: str, art: Path, count: int) -> Iterator[Example]:
         size = _size(kind, rng)
         scene = compose(pack, kind, size, rng, test=True)
         chosen = [q for q in asker.questions(scene, rng) if _belongs(name, scene, q)]
-        if chosen:
+        if number > 1000 + 100 * count:
+            raise UserError(f"{art}: has too little art for the test set '{name}'; run 'kimi-mm prepare art' again.")
+        if chosen and _unseen(name, scene):
             found += 1
             yield Image.fromarray(scene.image), chosen[0]
 
@@ -156,8 +159,23 @@ def _belongs(name: str, scene: Scene, question: Question) -> bool:
         about_all = any(word in question.text for word in ("things", "objects"))
         return question.kind == "count" and question.truth == (NUMBERS[number],) and not (several and about_all)
     if name == "color":
-        return question.kind == "color" and f"the {scene.things[0].name}" in question.text
+        about_it = question.kind == "color" and f"the {scene.things[0].name}" in question.text
+        return about_it and question.truth != (scene.background,)
     return question.kind == {"reading": "read"}.get(name, name)
+
+
+def _unseen(name: str, scene: Scene) -> bool:
+    """Tells whether a scene shows a held-out composition of the kind that its set is about."""
+    wanted = {
+        "one": "background",
+        "several": "pair",
+        "line": "pair",
+        "count": "count",
+        "shapes": "shape",
+        "text": "word",
+    }
+    shown = [held_out(*parts) for parts in compositions(scene) if parts[0] == wanted[scene.kind]]
+    return name == "style" or (all(shown) if name == "reading" else any(shown))
 
 
 def _digits(packages: str | Path | None, count: int) -> Iterator[Example]:

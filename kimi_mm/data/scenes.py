@@ -4,7 +4,7 @@
 
 A scene is a pure function of its arguments. Compositions are split by `held_out`: training scenes never show a held-out
 pair of things, of a thing and a background, of a shape and a colour, of a thing and its number, or a held-out word;
-test scenes always show one.
+test scenes show one wherever there is one (`compositions` tells).
 
 Kinds: "one" icon; "several" different things; "line": three in a row or column; "count": many of one; "shapes" in
 colours; "text": words on a sign or the background; "digit": one, as hands or types write it; "number": several digits.
@@ -12,6 +12,8 @@ colours; "text": words on a sign or the background; "digit": one, as hands or ty
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -138,6 +140,19 @@ def compose(art: Art, kind: str, size: tuple[int, int], rng: np.random.Generator
     return Scene(kind, image, color, sheet.things, sheet.text, sheet.layout)
 
 
+def compositions(scene: Scene) -> list[tuple[str, ...]]:
+    """Returns all in a scene that may be held out, as the parts that `held_out` takes."""
+    icons = sorted({thing.name for thing in scene.things if not thing.color})
+    counts = Counter(thing.name for thing in scene.things if not thing.color)
+    found: list[tuple[str, ...]] = [("pair", *pair) for pair in itertools.combinations(icons, 2)]
+    found += [("background", name, scene.background) for name in icons]
+    found += [("shape", thing.name, thing.color) for thing in scene.things if thing.color]
+    found += [("count", name, str(number)) for name, number in counts.items() if number > 1]
+    if scene.kind == "text":
+        found += [("word", word.lower()) for word in " ".join(scene.text).split()]
+    return found
+
+
 # ---- kinds: each returns the icons that must suit the background, and how to fill the sheet --------------------------
 
 Plan = tuple[list[str], Callable[[_Sheet], None]]
@@ -145,6 +160,10 @@ Plan = tuple[list[str], Callable[[_Sheet], None]]
 
 def _one(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bool) -> Plan:
     name = _name(art, rng)
+    for _ in range(TRIES if test else 0):
+        if any(held_out("background", name, color) for color in COLORS):
+            break
+        name = _name(art, rng)
 
     def fill(sheet: _Sheet) -> None:
         height, width = size
@@ -158,7 +177,7 @@ def _several(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bo
     most = 2 if test else max(2, min(4, size[0] * size[1] // 42**2))
     names = _names(art, rng, int(rng.integers(2, most + 1)), test)
     shape = SHAPES[rng.integers(len(SHAPES))]
-    color = _shape_color(shape, rng, False) if not test and rng.random() < 0.25 else ""
+    color = _shape_color(shape, rng) if not test and rng.random() < 0.25 else ""
 
     def fill(sheet: _Sheet) -> None:
         spots = _spots(size, len(names) + bool(color), rng)
@@ -213,10 +232,15 @@ def _shapes(art: Art, size: tuple[int, int], rng: np.random.Generator, test: boo
     most = max(1, min(4, size[0] * size[1] // 36**2))
     number = int(rng.integers(1, most + 1))
     chosen = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:number]]
-    colors = [_shape_color(shape, rng, test and i == 0) for i, shape in enumerate(chosen)]
+    colors = [_shape_color(shape, rng) for shape in chosen]
+    if test:
+        unseen = [(shape, color) for shape in SHAPES for color in COLORS if held_out("shape", shape, color)]
+        shape, color = unseen[rng.integers(len(unseen))]
+        kept = [(s, c) for s, c in zip(chosen[1:], colors[1:], strict=True) if s != shape]
+        chosen, colors = [shape, *(s for s, _ in kept)], [color, *(c for _, c in kept)]
 
     def fill(sheet: _Sheet) -> None:
-        for shape, color, spot in zip(chosen, colors, _spots(size, number, rng), strict=True):
+        for shape, color, spot in zip(chosen, colors, _spots(size, len(chosen), rng), strict=True):
             if color != sheet.color or test:
                 sheet.shape(shape, color, *spot)
 
@@ -287,9 +311,8 @@ def _names(art: Art, rng: np.random.Generator, number: int, test: bool) -> list[
     return chosen
 
 
-def _shape_color(shape: str, rng: np.random.Generator, test: bool) -> str:
-    options = [color for color in COLORS if held_out("shape", shape, color) == test]
-    options = options or list(COLORS)
+def _shape_color(shape: str, rng: np.random.Generator) -> str:
+    options = [color for color in COLORS if not held_out("shape", shape, color)]
     return options[rng.integers(len(options))]
 
 
