@@ -18,7 +18,7 @@ test: $(VENV)/.dev-installed
 lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: $(VENV)/.core-installed
 	$(RUN) -m benchmarks.transcribe

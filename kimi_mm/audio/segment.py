@@ -62,7 +62,7 @@ def _threshold(level: np.ndarray) -> float:
     floor, peak = np.percentile(level, 10), np.percentile(level, 99)
     relative = floor + ABOVE_FLOOR_DB if peak - floor > 15.0 else -np.inf
     # Even in noise, what lies 45 dB under the loudest speech is not a word.
-    return max(SILENCE_DB, min(relative, peak - 15.0), peak - 45.0)
+    return float(max(SILENCE_DB, min(relative, peak - 15.0), peak - 45.0))
 
 
 def _islands(loud: np.ndarray, seconds_per_frame: float) -> list[tuple[int, int]]:

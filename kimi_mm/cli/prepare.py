@@ -104,11 +104,11 @@ def prepare(
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yields a callback (step, done, total): a bar on a terminal, one line per step elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, int] = {}
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
 
         def note(step: str, done: int, total: int) -> None:

@@ -92,9 +92,9 @@ def write_debug_targets(folder: Path, count: int = 24, seed: int = 0) -> Path:
         pitch = rng.choice([110.0, 147.0, 196.0])
         voice, octave = (CANONICAL, 1.0) if number % 3 else ("hibari-morph-000", 0.5)
         target, heard = (
-            sum(np.sin(2 * np.pi * pitch * factor * h * t) / h for h in range(1, 9)) * 3000
+            np.asarray(3000 * sum(np.sin(2 * np.pi * pitch * factor * h * t) / h for h in range(1, 9))).astype(np.int16)
             for factor, t in ((octave, time), (0.8, time[: len(time) * 2 // 3] * 1.5))
         )
-        clips.append(TargetClip(f"debug-{number}", "buzz", f"{voice}:debug", *map(np.int16, (target, heard))))
+        clips.append(TargetClip(f"debug-{number}", "buzz", f"{voice}:debug", target, heard))
     write_target_shard(folder / "targets", 0, clips)
     return folder / "targets"

@@ -67,7 +67,9 @@ def background(size: tuple[int, int], color: str, rng: np.random.Generator) -> I
             weight = (np.sin(along * count) > 0).astype(np.float32)
         else:
             weight = ((np.sin(along * count) > 0) ^ (np.sin(across * count) > 0)).astype(np.float32)
-    mask = Image.fromarray((255 * np.clip(weight, 0, 1)).astype(np.uint8)).resize((width, height), Image.BILINEAR)
+    mask = Image.fromarray((255 * np.clip(weight, 0, 1)).astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
     plain = [Image.new("RGB", (width, height), tuple(int(c) for c in shade)) for shade in shades]
     return Image.composite(plain[0], plain[1], mask)
 

@@ -238,10 +238,8 @@ def cross_entropy(backbone: Backbone, hidden: torch.Tensor, labels: torch.Tensor
 def _ctc(logits: torch.Tensor, batch: SpeechBatch) -> torch.Tensor:
     """Mean CTC loss per character; logits [B, N * SLOTS, C + 1]."""
     logprobs = logits.float().log_softmax(-1).transpose(0, 1)
-    frames = tuple(SLOTS * count for count in batch.code_counts)
-    losses = F.ctc_loss(
-        logprobs, batch.characters, frames, batch.character_counts, reduction="none", zero_infinity=True
-    )
+    frames = tuple(SLOTS * count for count in batch.code_counts)  # lengths as tuples: read without a device sync
+    losses = torch.ctc_loss(logprobs, batch.characters, frames, batch.character_counts, reduction=0, zero_infinity=True)
     known = (batch.character_lengths > 0).to(losses)  # rows without a transcript have nothing to say here
     return (losses * known).sum() / batch.character_lengths.sum().clamp_min(1).to(losses)
 

@@ -252,8 +252,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) ->
     outputs, start = [], 0
     for group in layout.groups:
         stop = start + group.patches
-        heads = (part[start:stop].unflatten(0, (-1, group.length)).transpose(1, 2) for part in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1))
+        heads = [part[start:stop].unflatten(0, (-1, group.length)).transpose(1, 2) for part in (q, k, v)]
+        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))
         start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from kimi_mm.errors import UserError
 from kimi_mm.processing import IGNORE
@@ -53,7 +52,7 @@ def attention_over_items(engine: KimiMM, items: list[VisionItem], question: str,
     assert inputs.vision_at is not None
     weights: list[torch.Tensor] = []
 
-    def watch(module: nn.Module, args: tuple) -> None:
+    def watch(module: MLA | GQA, args: tuple) -> None:
         q, k = _queries_keys(module, args[0], args[1])
         scores = torch.einsum("ahe,the->hat", q[asking], k) * module.scale
         later = torch.arange(len(k), device=k.device) > torch.tensor(asking, device=k.device)[:, None]
@@ -80,7 +79,7 @@ def attention_over_items(engine: KimiMM, items: list[VisionItem], question: str,
     return Attention(words, maps)
 
 
-def _queries_keys(module: nn.Module, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+def _queries_keys(module: MLA | GQA, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     """Recomputes what a softmax layer compares: queries and keys [T, H, E] of the only row."""
     T = x.shape[1]
     if isinstance(module, GQA):
@@ -88,7 +87,6 @@ def _queries_keys(module: nn.Module, x: torch.Tensor, step: Step) -> tuple[torch
         q = module.rope.rotate(module.q_proj(x).view(1, T, config.num_heads, -1), cos, sin)
         k = module.rope.rotate(module.k_proj(x).view(1, T, config.num_kv_heads, -1), cos, sin)
         return q[0], k[0].repeat_interleave(config.num_heads // config.num_kv_heads, 1)
-    assert isinstance(module, MLA)
     config = module.config
     N, R, L = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
     q = module.q_proj(x) if config.q_lora_rank is None else module.q_b_proj(module.q_a_norm(module.q_a_proj(x)))
