@@ -66,15 +66,22 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for op in names:
         results["rows"][op] = _measure(op, columns, timer, ceilings)
+        _write(results, options.json)  # what is measured is kept, however the run ends
     if any(op.startswith("kda") for op in names):
         shapes = [(1, 40, 1, 16, 8)] if options.debug else KDA_SHAPES
         results["accuracy"] = [errors for shape in shapes for errors in kda_errors(device, shape, columns)]
     _print_accuracy(results["accuracy"])
     _print_table(results["rows"])
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    _write(results, options.json)
     if options.picture:
         draw(results, options.picture)
+
+
+def _write(results: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(json.dumps(results, indent=1) + "\n")
+        aside.replace(path)
 
 
 def _names(parser: argparse.ArgumentParser, given: str | None, known: Any) -> list[str]:
