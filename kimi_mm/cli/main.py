@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kimi_mm import __version__
+from kimi_mm.cli.check_data import check_data
 from kimi_mm.cli.demo import demo
 from kimi_mm.cli.describe import describe as describe_pictures
 from kimi_mm.cli.errors import UsageError, complain, debugging, describe
@@ -35,6 +36,7 @@ app.command()(demo)
 app.command()(info)
 app.add_typer(eval_app, name="eval")
 app.command()(prepare)
+app.command("check-data")(check_data)
 app.command()(train)
 
 
