@@ -15,6 +15,7 @@ import yaml
 from kimi_mm.audio.detokenizer_config import DetokenizerConfig
 from kimi_mm.config import Config, ConfigError, ModelConfig
 from kimi_mm.data.augment import AugmentConfig
+from kimi_mm.training.guard import GuardConfig
 from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig, VocoderTrainingConfig
 from kimi_mm.training.vision_config import SceneDataConfig
 
@@ -131,6 +132,7 @@ class Recipe(Config):
     token_corruption: float = 0.0
     label_smoothing: float = 0.05
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     speech: SpeechDataConfig = field(default_factory=SpeechDataConfig)
     text: TextDataConfig = field(default_factory=TextDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

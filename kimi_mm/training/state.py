@@ -1,13 +1,16 @@
 """Checkpoints of a training run: everything that an exact resume needs, written so that a kill loses nothing.
 
-RUN/step-000500/{model.safetensors, training.pt}     named once whole; older ones are removed after that
+RUN/.step-0000500.tmp/                               being written; what a killed run left goes at the next start
+RUN/step-0000500/{model.safetensors, training.pt}    named once whole and on the disk; older ones go after that
 RUN/model/                                           the model as users load it, written at the end
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +22,88 @@ from kimi_mm.errors import CheckpointError
 
 
 def save_state(run: Path, step: int, module: torch.nn.Module, extra: dict[str, Any], keep: int = 2) -> Path:
-    """Writes `RUN/step-N` aside, renames it, and removes all but the newest `keep`."""
+    """Writes `RUN/step-N` aside, renames it, and removes all but the newest `keep`.
+
+    Raises:
+        CheckpointError: when it cannot be written, as on a full disk; what was written of it is gone then, and all
+            earlier checkpoints are as they were.
+    """
+    with written_aside(run, step) as aside:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        shared: dict[int, str] = {}
+        for name in list(tensors):
+            # Tied tensors are stored once; load_state_dict fills every name again from the module's own tying.
+            pointer = module.state_dict()[name].data_ptr()
+            if pointer and shared.setdefault(pointer, name) != name:
+                del tensors[name]
+        save_file(tensors, aside / "model.safetensors")
+        torch.save(extra, aside / "training.pt")
+        flush(aside)
+    return name_whole(run, step, keep)
+
+
+@contextlib.contextmanager
+def written_aside(run: Path, step: int) -> Iterator[Path]:
+    """Gives an empty folder to write the checkpoint of a step into; trouble there removes it again.
+
+    Raises:
+        CheckpointError: in the place of whatever error writing ended with.
+    """
+    aside = _aside(run, step)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by RuntimeError
+        shutil.rmtree(aside, ignore_errors=True)
+        states = list_states(run)
+        whole = f"the last whole one is {states[-1].name}" if states else "there is no earlier one"
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{run}: checkpoint of step {step} could not be written ({first}); {whole}.") from None
+
+
+def flush(folder: Path) -> None:
+    """Waits until all files of a folder, and the folder itself, are on the disk."""
+    for path in (*folder.iterdir(), folder):
+        _fsync(path)
+
+
+def name_whole(run: Path, step: int, keep: int) -> Path:
+    """Gives a folder that is written and flushed its name, then removes all but the newest `keep`."""
     target = run / f"step-{step:07d}"
-    aside = run / f".step-{step:07d}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    shared: dict[int, str] = {}
-    for name in list(tensors):
-        # Tied tensors are stored once; load_state_dict fills every name again from the module's own tying.
-        pointer = module.state_dict()[name].data_ptr()
-        if pointer and shared.setdefault(pointer, name) != name:
-            del tensors[name]
-    save_file(tensors, aside / "model.safetensors")
-    torch.save(extra, aside / "training.pt")
-    for file in aside.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+    if target.exists():
+        _remove(target)
+    os.replace(_aside(run, step), target)
+    _fsync(run)
     for old in list_states(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return target
+
+
+def remove_leftovers(run: Path) -> None:
+    """Removes what a run that was killed while saving left behind."""
+    for path in run.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _aside(run: Path, step: int) -> Path:
+    return run / f".step-{step:07d}.tmp"
+
+
+def _remove(state: Path) -> None:
+    """Removes a checkpoint; a kill half-way leaves nothing that looks like a whole one."""
+    gone = state.with_name(f".{state.name}.old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(state, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def list_states(run: Path) -> list[Path]:

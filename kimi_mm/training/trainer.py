@@ -1,6 +1,6 @@
 """The training loop: accelerate for devices and precision, exact resume, TensorBoard, a progress bar.
 
-loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► optimiser ─► (expert bias, QK-clip) ─► log / save
+loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► guard ─► optimiser ─► (expert bias, QK-clip) ─► log / save
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from torch import nn
 from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextBatch, TextLoader
 from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
+from kimi_mm.errors import CheckpointError
+from kimi_mm.text.attention import PeakLogits
 from kimi_mm.text.backbone import Backbone
+from kimi_mm.text.moe import Router
 from kimi_mm.training import qk_clip
+from kimi_mm.training.guard import Guard
 from kimi_mm.training.muon import Muon, is_hidden_matrix
 from kimi_mm.training.recipe import OptimConfig, Recipe
 from kimi_mm.training.schedule import lr_factor, source_of_step
-from kimi_mm.training.state import list_states, load_state, save_state
+from kimi_mm.training.state import list_states, load_state, remove_leftovers, save_state
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ class Trainer:
         optimizer = make_optimizer(objective, recipe.optim, fused=self.accelerator.device.type == "cuda")
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.loaders = {"speech": speech, "text": text, "scenes": scenes}
+        self.guard = Guard(recipe.guard)
         self.step = 0
         self.stopped = False
         self.started = 0.0
@@ -101,6 +106,7 @@ class Trainer:
         """Trains to `recipe.steps`, or until the time limit or SIGTERM; returns the last logged numbers."""
         recipe, self.started = self.recipe, time.monotonic()
         self.run.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.run)
         if resume and (states := list_states(self.run)):
             self._restore(states[-1])
         sources = {name: Prefetcher(loader) for name, loader in self.loaders.items() if loader is not None}
@@ -119,6 +125,8 @@ class Trainer:
                     bar.update(task, completed=self.step)
                     if self.step % recipe.log_every == 0 or self.step == recipe.steps:
                         logged = _mean(window)
+                        if self.guard.skipped:
+                            logged["skipped_steps"] = float(self.guard.skipped)
                         logged["seconds_per_step"] = (time.monotonic() - mark) / (self.step - marked)
                         mark, marked, window = time.monotonic(), self.step, []
                         self._report(logged, writer, bar)
@@ -127,7 +135,7 @@ class Trainer:
                     if recipe.time_limit_seconds and time.monotonic() - self.started > recipe.time_limit_seconds:
                         self.stopped = True
                     if self.step % recipe.save_every == 0 or self.stopped or self.step == recipe.steps:
-                        self._save(sources)
+                        self._save(sources, last=self.stopped or self.step == recipe.steps)
         finally:
             for source in sources.values():
                 source.close()
@@ -141,33 +149,52 @@ class Trainer:
         factor = lr_factor(self._progress(), recipe.steps, recipe.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        source = sources[source_of_step(recipe, self.step)]
-        losses: dict[str, torch.Tensor] = {}
+        origin = source_of_step(recipe, self.step)
+        parts = []
         for _ in range(recipe.gradient_accumulation):
-            batch = self._to_device(source.next())
+            batch = self._to_device(sources[origin].next())
             with self.accelerator.autocast():
                 losses = self._losses(batch)
             self.accelerator.backward(losses["loss"] / recipe.gradient_accumulation)
+            parts.append({name: value.detach() for name, value in losses.items()})
+        numbers = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         norm = self._clip()
-        self.optimizer.step()
+        numbers["grad_norm"] = norm
+        # The one place of a step that waits for the device.
+        loss, size = torch.stack([numbers["loss"].float(), norm.float()]).tolist()
+        if self.guard.passes(self.step, origin, loss, size):
+            self.optimizer.step()
+            numbers |= self._after_update()
+        else:
+            self._forget_step()
+            numbers = {}
         self.optimizer.zero_grad(set_to_none=True)
-        numbers = {name: value.detach() for name, value in losses.items()}
+        return numbers
+
+    def _after_update(self) -> dict[str, torch.Tensor]:
+        """What follows an optimiser step: experts are balanced, attention logits are clipped."""
         objective = self.accelerator.unwrap_model(self.objective)
         backbone = getattr(objective, "backbone", None)
         if isinstance(backbone, Backbone):
             backbone.update_expert_bias()
-        if recipe.optim.optimizer == "muonclip":
-            numbers["qk_max"] = qk_clip.apply(objective, recipe.optim.qk_clip)
-        if norm is not None:
-            numbers["grad_norm"] = torch.as_tensor(norm).detach()
-        return numbers
+        if self.recipe.optim.optimizer == "muonclip":
+            return {"qk_max": qk_clip.apply(objective, self.recipe.optim.qk_clip)}
+        return {}
 
-    def _clip(self) -> Any:
+    def _forget_step(self) -> None:
+        """Drops what the layers counted during a step that is not taken."""
+        for module in self.accelerator.unwrap_model(self.objective).modules():
+            if isinstance(module, Router):
+                module.load.zero_()
+            if isinstance(module, PeakLogits):
+                module.peak.zero_()
+
+    def _clip(self) -> torch.Tensor:
         """Clips gradients, by `clip_groups` where an objective has parts that do not share a loss; returns a norm."""
         groups = getattr(self.accelerator.unwrap_model(self.objective), "clip_groups", None)
         parts = [self.objective.parameters()] if groups is None else groups()
         norms = [self.accelerator.clip_grad_norm_(part, self.recipe.optim.grad_clip) for part in parts]
-        return norms[0]
+        return torch.stack([torch.as_tensor(norm).float() for norm in norms]).norm()
 
     def _progress(self) -> int:
         """Returns the step that the schedule is at; by the clock, where the recipe says so and that is further."""
@@ -194,23 +221,32 @@ class Trainer:
 
     # ---- state -------------------------------------------------------------------------------------------------
 
-    def _save(self, sources: dict[str, Prefetcher]) -> None:
+    def _save(self, sources: dict[str, Prefetcher], last: bool) -> None:
+        """Writes a checkpoint; if that fails, goes on with the older ones, unless nothing would come after."""
         if not self.accelerator.is_main_process:
             return
         extra = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
             "loaders": {name: source.state for name, source in sources.items()},
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "python_rng": list(random.getstate()[1]),
         }
-        save_state(self.run, self.step, self.accelerator.unwrap_model(self.objective), extra)
+        try:
+            save_state(self.run, self.step, self.accelerator.unwrap_model(self.objective), extra)
+        except CheckpointError as error:
+            if last:
+                raise
+            log.warning("%s Training goes on.", error)
 
     def _restore(self, path: Path) -> None:
         extra = load_state(path, self.accelerator.unwrap_model(self.objective))
         self.step = extra["step"]
         self.optimizer.load_state_dict(extra["optimizer"])
+        if "guard" in extra:  # checkpoints from before there was one
+            self.guard.load_state_dict(extra["guard"])
         for name, state in extra["loaders"].items():
             loader = self.loaders[name]
             if loader is not None:
