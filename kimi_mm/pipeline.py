@@ -54,7 +54,7 @@ class KimiMM:
     def __init__(self, model: Model, text_tokenizer: TextTokenizer) -> None:
         self.model = model.eval()
         vision = None if model.config.vision is None else VisionProcessor(model.config.vision)
-        self.processor = Processor(model.config.vocab, text_tokenizer, vision)
+        self.processor = Processor(model.config.vocab, text_tokenizer, vision, model.config.audio_delay)
 
     @property
     def config(self) -> ModelConfig:

@@ -9,6 +9,13 @@ A prompt is two streams of equal length, an audio stream A and a text stream T; 
 
 Continuous features belong to the positions of the codes, row for row.
 
+A spoken reply is text and audio side by side, the audio some steps (`audio_delay`, here 2) behind the text:
+
+    A: assistant_start _  _  a0       a1 a2 msg_end
+    T: _               t0 t1 text_eos _  _  _
+
+The model chooses all but the blanks; history and what is generated look the same.
+
 Pictures and clips follow K2.5: a picture of n rows, and each chunk of a clip behind the time it starts at, are
 
     A: _ ...        media_begin _     media_content pad x n media_end
@@ -51,12 +58,14 @@ class Streams:
     clip_index: list[int] = field(default_factory=list)
     clip_row: list[int] = field(default_factory=list)
     text_labels: list[int] = field(default_factory=list)
+    audio_labels: list[int] = field(default_factory=list)
     item_index: list[int] = field(default_factory=list)
 
     def add(self, audio: int, text: int, *, label: int = IGNORE, clip: int = -1, row: int = -1, item: int = -1) -> None:
         self.audio.append(audio)
         self.text.append(text)
         self.text_labels.append(label)
+        self.audio_labels.append(IGNORE)
         self.clip_index.append(clip)
         self.clip_row.append(row)
         self.item_index.append(item)
@@ -71,7 +80,8 @@ class ModelInputs:
 
     Pictures and chunks of the whole batch, row by row: `pixel_values` [P, 3, p, p], `grid_thw` [items, 3], which stays
     on the CPU, and `vision_at` [M] int64, the flat positions b * T + t that their rows take. `vision_rows` [M, D], when
-    given, are rows computed before, and no pixels are needed.
+    given, are rows computed before, and no pixels are needed. Labels [B, T] say what position t is to predict, IGNORE
+    where nothing.
     """
 
     text_ids: torch.Tensor
@@ -83,6 +93,8 @@ class ModelInputs:
     grid_thw: torch.Tensor | None = None
     vision_at: torch.Tensor | None = None
     vision_rows: torch.Tensor | None = None
+    text_labels: torch.Tensor | None = None
+    audio_labels: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> ModelInputs:
         """Moves every tensor to a device, but for `grid_thw`, which the host reads."""
@@ -92,10 +104,10 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class AudioClip:
-    """Tokenized audio: `codes` [N] int64 without offset, `features` [N, F]."""
+    """Tokenized audio: `codes` [N] int64 without offset, `features` [N, F]; None for what the assistant says."""
 
     codes: torch.Tensor
-    features: torch.Tensor
+    features: torch.Tensor | None = None
 
 
 class Processor:
@@ -105,12 +117,20 @@ class Processor:
         vocab: ids of the joint vocabulary.
         tokenizer: of the text.
         vision: reads pictures and clips; None for a model without eyes.
+        audio_delay: steps by which the audio of a reply trails its text, `ModelConfig.audio_delay`.
     """
 
-    def __init__(self, vocab: VocabConfig, tokenizer: TextTokenizer, vision: VisionProcessor | None = None) -> None:
+    def __init__(
+        self,
+        vocab: VocabConfig,
+        tokenizer: TextTokenizer,
+        vision: VisionProcessor | None = None,
+        audio_delay: int = 6,
+    ) -> None:
         self.vocab = vocab
         self.tokenizer = tokenizer
         self.vision = vision
+        self.audio_delay = audio_delay
         self.ids = {name: vocab.special(name) for name in VocabConfig.SPECIALS}
 
     # ---- layout ------------------------------------------------------------------------------------------------
@@ -124,7 +144,8 @@ class Processor:
             messages: dictionaries with `role` ("user", "assistant", "system") and `content`: a string or a list of
                 parts: {"type": "text", "text": str}, {"type": "audio", "num_codes": int, "codes": optional ids},
                 {"type": "image", "num_tokens": int}, {"type": "video", "chunks": [(seconds, num_tokens), ...]}.
-                Recordings, and pictures and chunks together, are numbered in the order in which they appear.
+                Recordings, and pictures and chunks together, are numbered in the order in which they appear. An
+                assistant's audio is the speech of its text; with its codes given it is no recording.
             output: "text", or "speech" for text and audio.
             add_assistant_start: end with the marker after which the model answers.
 
@@ -145,6 +166,9 @@ class Processor:
             if not isinstance(parts, list) or not parts:
                 raise UserError(f"message {number}: content must be a text or a non-empty list of parts.")
             streams.add(ids[f"{role}_start"], blank)
+            if role == "assistant" and any(part.get("type") == "audio" for part in parts):
+                clips += self._spoken(streams, clips, parts, f"message {number}")
+                continue
             for part in parts:
                 kind = part.get("type")
                 if kind == "text":
@@ -192,6 +216,36 @@ class Processor:
             if learn:
                 streams.text_labels[-1] = token
             streams.add(blank, token)
+
+    def _spoken(self, streams: Streams, clip: int, parts: Sequence[dict[str, Any]], where: str) -> int:
+        """Lays out a reply of text and speech, msg_end included; returns how many recordings it has to be given.
+
+        Speech that ends before its text (its budget was spent) waits in blanks, and its end is not learnt.
+        """
+        kinds = [part.get("type") for part in parts]
+        if kinds.count("audio") != 1 or set(kinds) - {"text", "audio"}:
+            raise UserError(f"{where}: a spoken reply has text and one part of type 'audio'.")
+        blank, part = self.ids["text_blank"], parts[kinds.index("audio")]
+        text = " ".join(part["text"] for part in parts if part["type"] == "text")
+        said = [*self.tokenizer.encode(text), self.ids["text_eos"]]
+        codes = part.get("codes")
+        count = int(part["num_codes"]) if codes is None else len(codes)
+        if count < 1:
+            raise UserError(f"{where}: a spoken reply needs at least one code.")
+        end = self.audio_delay + count
+        for step in range(max(end, len(said))):
+            row, token, place = step - self.audio_delay, blank, {}
+            if 0 <= row < count and codes is not None:
+                streams.audio_labels[-1] = token = self.vocab.audio_offset + int(codes[row])
+            elif 0 <= row < count:
+                token, place = self.ids["media_pad"], {"clip": clip, "row": row}
+            if step < len(said):
+                streams.text_labels[-1] = said[step]
+            streams.add(token, said[step] if step < len(said) else blank, **place)
+        if end >= len(said):
+            streams.audio_labels[-1] = self.ids["msg_end"]
+        streams.add(self.ids["msg_end"], blank)
+        return int(codes is None)
 
     def _audio(self, streams: Streams, clip: int, part: dict[str, Any]) -> None:
         blank, num_codes = self.ids["text_blank"], int(part["num_codes"])
@@ -275,7 +329,7 @@ class Processor:
 
         Args:
             rows: B conversations.
-            clips: for each row, its clips in order; `codes` [N], `features` [N, F].
+            clips: for each row, its clips in order; `codes` [N], `features` [N, F] or, of a reply, None.
             items: for each row, its pictures and chunks in order; None: there are none.
 
         Raises:
@@ -285,12 +339,15 @@ class Processor:
         text = torch.full((batch, longest), self.ids["pad"])
         audio = torch.full((batch, longest), self.ids["pad"])
         mask = torch.zeros(batch, longest, dtype=torch.bool)
-        width = next((clip.features.shape[-1] for row in clips for clip in row), 0)
+        text_labels, audio_labels = torch.full_like(text, IGNORE), torch.full_like(text, IGNORE)
+        width = next((clip.features.shape[-1] for row in clips for clip in row if clip.features is not None), 0)
         features = torch.zeros(batch, longest, width)
         for b, (row, row_clips) in enumerate(zip(rows, clips, strict=True)):
             length = len(row)
             text[b, :length] = torch.tensor(row.text)
             audio[b, :length] = torch.tensor(row.audio)
+            text_labels[b, :length] = torch.tensor(row.text_labels)
+            audio_labels[b, :length] = torch.tensor(row.audio_labels)
             index, at = np.asarray(row.clip_index), np.asarray(row.clip_row)
             for number, clip in enumerate(row_clips):
                 where = torch.from_numpy(np.flatnonzero(index == number))
@@ -298,10 +355,14 @@ class Processor:
                 if len(where) != len(clip.codes):
                     raise UserError(f"clip {number} has {len(clip.codes)} codes, its placeholder {len(where)}.")
                 audio[b, where] = self.vocab.audio_offset + clip.codes.cpu()[rows_of_clip]
+                if clip.features is None:
+                    audio_labels[b, where - 1] = audio[b, where]
+                    continue
                 features[b, where] = clip.features.cpu().float()[rows_of_clip]
                 mask[b, where] = True
         lengths = torch.tensor([len(row) for row in rows])
         inputs = ModelInputs(text, audio, lengths, features if width else None, mask if width else None)
+        inputs.text_labels, inputs.audio_labels = text_labels, audio_labels
         return self._place_items(inputs, rows, items or [[] for _ in rows])
 
     @staticmethod

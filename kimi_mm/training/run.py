@@ -60,7 +60,7 @@ def train(
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = _text_tokenizer(settings, config)
-    processor = Processor(config.vocab, tokenizer)
+    processor = Processor(config.vocab, tokenizer, audio_delay=config.audio_delay)
     model = Model(config)
     if settings.init:
         # A voice, or eyes, may be given to a model that had none.

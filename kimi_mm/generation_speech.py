@@ -1,0 +1,299 @@
+"""Two streams at once: text, and the speech that says it a few steps later.
+
+    step     0    1    2        ...  d       d + 1  ...                       d = delay
+    text     t0   t1   text_eos ...  _       _      ...  forced to blank once it has ended
+    audio    _    _    _        ...  c0      c1     ...  msg_end ends the reply
+
+The loop is Kimi-Audio's (released code, generation): text is drawn before audio; the audio stream is blank for `delay`
+steps; the end of the text stops nothing, the end of the audio (msg_end or media_end) stops all. Beyond it: ids that
+make no sense in a stream cannot be drawn, each stream has a budget of its own, and text whose audio budget is spent
+goes on to its own end.
+
+Shapes: B rows, V ids that a stream may choose from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kimi_mm.errors import UserError
+from kimi_mm.generation import loop_period
+from kimi_mm.model import Model
+from kimi_mm.processing import ModelInputs
+
+
+@dataclass(frozen=True)
+class TokenSampling:
+    """How ids of one stream are chosen.
+
+    Args:
+        temperature: 0 is greedy.
+        top_k: draw among the k likeliest ids; 0: among all.
+        top_p: draw among the likeliest ids that together have this probability.
+        repetition_penalty: above 1 makes ids of the last `penalty_window` steps less likely, as soon as there are more
+            steps than that: logits below 0 are multiplied by it, others divided.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    penalty_window: int = 64
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("temperature and top_k must not be negative, top_p must lie above 0 and not above 1.")
+        if self.repetition_penalty < 1 or self.penalty_window < 1:
+            raise UserError("repetition_penalty and penalty_window must be at least 1.")
+
+
+@dataclass(frozen=True)
+class SpeechSampling:
+    """Sampling of both streams (defaults as published), their budgets, and the fewest codes before speech may end."""
+
+    text: TokenSampling = field(default_factory=lambda: TokenSampling(top_k=5, penalty_window=16))
+    audio: TokenSampling = field(default_factory=lambda: TokenSampling(temperature=0.8, top_k=10, penalty_window=64))
+    max_text_tokens: int = 512
+    max_audio_codes: int = 1500
+    min_audio_codes: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.max_text_tokens, self.max_audio_codes, self.min_audio_codes) < 0:
+            raise UserError("budgets must not be negative.")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step gave to one row: a text id (neither end nor blank) and a code without offset, None where none."""
+
+    row: int
+    text: int | None
+    code: int | None
+
+
+@dataclass
+class SpeechResult:
+    """A reply: text ids and codes, and why each stream stopped; None while it goes on.
+
+    `text_stop`: "eos", "budget", "loop" (the tail repeats itself), or "audio" (the speech ended first).
+    `audio_stop`: "eos", or "budget".
+    """
+
+    text_ids: list[int] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+    text_stop: str | None = None
+    audio_stop: str | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.audio_stop == "eos" or (self.audio_stop is not None and self.text_stop is not None)
+
+
+@dataclass
+class _Row:
+    """A row on its way: where its result goes, what it was fed, and the text that it has to say."""
+
+    number: int
+    result: SpeechResult
+    forced: list[int] | None
+    text_history: list[int] = field(default_factory=list)
+    audio_history: list[int] = field(default_factory=list)
+
+    @property
+    def chooses(self) -> bool:
+        return self.forced is None and self.result.text_stop is None
+
+
+class TwoStreams:
+    """Generates replies of text and speech for a batch; iterate to run it, then read `results`.
+
+    Args:
+        model: with an audio branch.
+        inputs: prompts, right-padded; each ends with `assistant_start`.
+        sampling: of both streams.
+        forced: for each row the text ids that it has to say, or None where it chooses them.
+        delay: steps by which audio trails text; None takes the model's.
+        generator: source of randomness, on any device.
+
+    Raises:
+        UserError: the model has no audio branch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        inputs: ModelInputs,
+        *,
+        sampling: SpeechSampling | None = None,
+        forced: Sequence[Sequence[int] | None] | None = None,
+        delay: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if model.backbone.audio is None:
+            raise UserError(f"model '{model.config.name}' has no voice; its config has no 'backbone.audio_head'.")
+        self.model, self.inputs, self.sampling = model, inputs, sampling or SpeechSampling()
+        self.delay = model.config.audio_delay if delay is None else delay
+        self.generator = generator or torch.Generator().manual_seed(0)
+        batch = len(inputs.lengths)
+        self.results = [SpeechResult() for _ in range(batch)]
+        texts = forced or [None] * batch
+        self._rows = [
+            _Row(number, result, None if text is None else list(text))
+            for number, (result, text) in enumerate(zip(self.results, texts, strict=True))
+        ]
+        vocab = model.config.vocab
+        self._eos, self._blank = vocab.special("text_eos"), vocab.special("text_blank")
+        self._ends = (vocab.special("msg_end"), vocab.special("media_end"))
+        self._vocab = vocab
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[list[Step]]:
+        """Yields what each step gave to the rows that are not done."""
+        model, inputs, device = self.model, self.inputs, self.inputs.text_ids.device
+        batch = len(inputs.lengths)
+        for row in self._rows:
+            if not self.sampling.max_audio_codes:
+                row.result.audio_stop = "budget"
+            if row.forced is None and not self.sampling.max_text_tokens:
+                row.result.text_stop = "budget"
+        alive = [row for row in self._rows if not row.result.done]
+        cache = model.backbone.new_cache(batch, device=device, dtype=model.backbone.embed_tokens.weight.dtype)
+        output = model(inputs, cache)
+        last = torch.arange(batch, device=device), inputs.lengths.to(device) - 1
+        text_hidden, audio_hidden = output.text_hidden[last], _there(output.audio_hidden)[last]
+        if len(alive) < batch:
+            keep = [row.number for row in alive]
+            cache, text_hidden, audio_hidden = cache.select(keep), text_hidden[keep], audio_hidden[keep]
+        number = 0
+        while alive:
+            texts = self._text_step(alive, text_hidden)
+            codes = self._audio_step(alive, audio_hidden, number)
+            steps = [
+                Step(row.number, *self._take(row, text, code))
+                for row, text, code in zip(alive, texts, codes, strict=True)
+            ]
+            yield steps
+            keep = [slot for slot, row in enumerate(alive) if not row.result.done]
+            if len(keep) < len(alive):
+                alive = [alive[slot] for slot in keep]
+                texts, codes = ([part[slot] for slot in keep] for part in (texts, codes))
+                if alive:
+                    cache = cache.select(keep)
+            if alive:
+                ids = (torch.tensor(part, device=device) for part in (texts, codes))
+                output = model.step(*ids, cache)
+                text_hidden, audio_hidden = output.text_hidden[:, -1], _there(output.audio_hidden)[:, -1]
+            number += 1
+
+    def run(self) -> list[SpeechResult]:
+        """Runs to the end and returns the results, one for each row."""
+        for _ in self:
+            pass
+        return self.results
+
+    def _text_step(self, rows: list[_Row], hidden: torch.Tensor) -> list[int]:
+        """Returns the next text id of each row."""
+        free = [slot for slot, row in enumerate(rows) if row.chooses]
+        chosen: dict[int, int] = {}
+        if free:
+            logits = self.model.backbone.text_logits(hidden[free], self._vocab.audio_offset).float()
+            logits = _only(logits, range(self._vocab.num_text_tokens), (self._eos,))
+            histories = [rows[slot].text_history for slot in free]
+            chosen = dict(zip(free, choose(logits, self.sampling.text, histories, self.generator), strict=True))
+        ids = []
+        for slot, row in enumerate(rows):
+            if row.result.text_stop is not None:
+                ids.append(self._blank)
+            elif row.forced is not None:
+                said = len(row.result.text_ids)
+                ids.append(row.forced[said] if said < len(row.forced) else self._eos)
+            else:
+                ids.append(chosen[slot])
+        return ids
+
+    def _audio_step(self, rows: list[_Row], hidden: torch.Tensor, number: int) -> list[int]:
+        """Returns the next audio id of each row."""
+        speaking = [slot for slot, row in enumerate(rows) if number >= self.delay and row.result.audio_stop is None]
+        ids = [self._blank] * len(rows)
+        if speaking:
+            first, offset = self._vocab.num_text_tokens, self._vocab.audio_offset
+            logits = self.model.backbone.audio_logits(hidden[speaking])[:, first:].float()
+            early = number - self.delay < self.sampling.min_audio_codes
+            ends = () if early else tuple(end - first for end in self._ends)
+            logits = _only(logits, range(offset - first, logits.shape[-1]), ends)
+            histories = [[id - first for id in rows[slot].audio_history] for slot in speaking]
+            for slot, id in zip(speaking, choose(logits, self.sampling.audio, histories, self.generator), strict=True):
+                ids[slot] = id + first
+        return ids
+
+    def _take(self, row: _Row, text: int, audio: int) -> tuple[int | None, int | None]:
+        """Books what a row chose, decides what stops, and returns the text id and the code that it gave."""
+        result, given, code = row.result, None, None
+        row.text_history.append(text)
+        row.audio_history.append(audio)
+        if result.text_stop is None and text == self._eos:
+            result.text_stop = "eos"
+        elif result.text_stop is None:
+            given = text
+            result.text_ids.append(text)
+            if row.forced is None and (period := loop_period(result.text_ids)):
+                result.text_ids = result.text_ids[: len(result.text_ids) - 2 * period]
+                result.text_stop, given = "loop", None
+            elif row.forced is None and len(result.text_ids) >= self.sampling.max_text_tokens:
+                result.text_stop = "budget"
+        if audio >= self._vocab.audio_offset:
+            code = audio - self._vocab.audio_offset
+            result.codes.append(code)
+            if len(result.codes) >= self.sampling.max_audio_codes:
+                result.audio_stop = "budget"
+        elif audio in self._ends:
+            result.audio_stop = "eos"
+            result.text_stop = result.text_stop or "audio"
+        return given, code
+
+
+def choose(
+    logits: torch.Tensor, sampling: TokenSampling, histories: Sequence[Sequence[int]], generator: torch.Generator
+) -> list[int]:
+    """Chooses one id for each row of logits [B, V] fp32; greedy choices draw nothing.
+
+    Args:
+        logits: changed in place where a penalty applies; -inf forbids.
+        sampling: of this stream.
+        histories: B lists of ids chosen so far, for the penalty; ids outside [0, V) count for nothing.
+        generator: one uniform number a row is drawn from it.
+    """
+    window, penalty = sampling.penalty_window, sampling.repetition_penalty
+    for row, history in enumerate(histories):
+        if penalty > 1 and len(history) > window:
+            recent = sorted({id for id in history[-window:] if 0 <= id < logits.shape[-1]})
+            scores = logits[row, recent]
+            logits[row, recent] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if sampling.temperature <= 1e-6:
+        return logits.argmax(-1).tolist()
+    size = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    values, ids = (logits / sampling.temperature).topk(size, dim=-1)
+    chances = values.softmax(-1)
+    # The first id always stays; others as long as those before them leave something of top_p.
+    chances = chances.masked_fill(chances.cumsum(-1) - chances >= sampling.top_p, 0.0)
+    sums = chances.cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=generator, device=generator.device).to(sums)
+    place = (sums <= drawn * sums[:, -1:]).sum(-1, keepdim=True)
+    return ids.gather(-1, place.clamp_max((chances > 0).sum(-1, keepdim=True) - 1))[:, 0].tolist()
+
+
+def _only(logits: torch.Tensor, kept: range, also: Sequence[int]) -> torch.Tensor:
+    """Forbids in logits [B, V] all ids but the range `kept` and those in `also`."""
+    allowed = torch.full_like(logits, float("-inf"))
+    allowed[:, kept.start : kept.stop] = logits[:, kept.start : kept.stop]
+    for id in also:
+        allowed[:, id] = logits[:, id]
+    return allowed
+
+
+def _there(hidden: torch.Tensor | None) -> torch.Tensor:
+    assert hidden is not None
+    return hidden
