@@ -1,13 +1,15 @@
 """Chooses the implementation of a kernel: Triton where there is one for the device, the reference elsewhere.
 
 The choice is made once per (operation, device type) and logged with its reason. `KIMI_MM_KERNELS` overrides it:
-`auto` (default), `reference`, or `triton`, which refuses where no Triton kernel exists.
+`auto` (default), `reference`, or `triton`, which refuses where no Triton kernel can run. Triton runs on CUDA; on a CPU
+only when asked for, in Triton's interpreter (TRITON_INTERPRET=1), which is slow and meant for tests.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -22,19 +24,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MODES = ("auto", "reference", "triton")
-_PACKAGES = {
-    "chunk_kda": "kda",
-    "kda_step": "kda",
-    "short_conv": "conv",
-    "gated_rms_norm": "norm",
-    "attn_res_mix": "attn_res",
-    "attn_res_begin": "attn_res",
-    "attn_res_finish": "attn_res",
-    "moe_route": "moe",
-    "moe_experts": "moe",
-    "linear_cross_entropy": "cross_entropy",
+# Where the operations live: package, and the module of the Triton twin in it.
+_HOMES = {
+    "chunk_kda": ("kda", "triton"),
+    "kda_step": ("kda", "triton_step"),
+    "kda_decode": ("kda", "triton_step"),
+    "short_conv": ("conv", "triton"),
+    "gated_rms_norm": ("norm", "triton"),
+    "attn_res_mix": ("attn_res", "triton"),
+    "attn_res_mix_norm": ("attn_res", "triton"),
+    "attn_res_begin": ("attn_res", "triton"),
+    "attn_res_finish": ("attn_res", "triton"),
+    "attn_res_finish_norm": ("attn_res", "triton"),
+    "moe_route": ("moe", "triton"),
+    "moe_experts": ("moe", "triton"),
+    "linear_cross_entropy": ("cross_entropy", "triton"),
 }
-_TRITON: frozenset[str] = frozenset()  # operations that have a triton.py twin
 
 log = logging.getLogger(__name__)
 
@@ -83,17 +88,19 @@ def _resolve(op: str, device_type: str, force: str | None) -> Callable[..., Any]
     mode = force or os.environ.get("KIMI_MM_KERNELS", "auto")
     if mode not in MODES:
         raise KernelError(f"KIMI_MM_KERNELS='{mode}' must be one of {', '.join(MODES)}.")
-    if op not in _PACKAGES:
-        raise KernelError(f"Unknown kernel '{op}'; known are {', '.join(_PACKAGES)}.")
+    if op not in _HOMES:
+        raise KernelError(f"Unknown kernel '{op}'; known are {', '.join(_HOMES)}.")
+    package, twin = _HOMES[op]
+    interpreted = mode == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if mode == "reference":
         chosen, reason = "reference", "asked for"
-    elif op not in _TRITON:
-        chosen, reason = "reference", "no Triton kernel for this operation"
-    elif device_type != "cuda":
+    elif importlib.util.find_spec("triton") is None:
+        chosen, reason = "reference", "the package triton is not installed"
+    elif device_type != "cuda" and not interpreted:
         chosen, reason = "reference", f"Triton needs CUDA, the tensors are on {device_type}"
     else:
-        chosen, reason = "triton", "CUDA device"
-    if mode == "triton" and chosen != "triton":
+        chosen, reason = twin, "Triton's interpreter" if device_type != "cuda" else "CUDA device"
+    if mode == "triton" and chosen == "reference":
         raise KernelError(f"KIMI_MM_KERNELS=triton: {op}: {reason}; use 'auto' or 'reference'.")
     log.info("kernel %s on %s: %s (%s)", op, device_type, chosen, reason)
-    return getattr(importlib.import_module(f"kimi_mm.kernels.{_PACKAGES[op]}.{chosen}"), op)
+    return getattr(importlib.import_module(f"kimi_mm.kernels.{package}.{chosen}"), op)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_mm import kernels
+from kimi_mm.text.norm import RMSNorm
 
 
 class AttnRes(nn.Module):
@@ -24,9 +25,9 @@ class AttnRes(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, sources: list[Tensor]) -> Tensor:
-        """n tensors [B, T, D] -> [B, T, D]."""
-        return kernels.attn_res_mix(sources, self.query, self.norm_weight, self.eps)
+    def forward(self, sources: list[Tensor], norm: RMSNorm) -> Tensor:
+        """n tensors [B, T, D] -> their mix, normed: [B, T, D]."""
+        return kernels.attn_res_mix_norm(sources, self.query, self.norm_weight, self.eps, norm.weight, norm.eps)
 
 
 class PlainStream:
@@ -35,9 +36,9 @@ class PlainStream:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def read(self, mix: AttnRes | None) -> Tensor:
-        """Input of the next sublayer, before its own norm."""
-        return self.x
+    def read(self, mix: AttnRes | None, norm: RMSNorm) -> Tensor:
+        """Input of the next sublayer, after its own norm."""
+        return norm(self.x)
 
     def add(self, out: Tensor) -> None:
         """Takes a sublayer's output."""
@@ -56,10 +57,10 @@ class AttnResStream:
         self.block_size = block_size
         self.in_block = 0
 
-    def read(self, mix: AttnRes | None) -> Tensor:
-        """Input of the next sublayer, before its own norm; without a mix there is one source, the embedding."""
+    def read(self, mix: AttnRes | None, norm: RMSNorm) -> Tensor:
+        """Input of the next sublayer, after its own norm; without a mix there is one source, the embedding."""
         sources = self.blocks if self.partial is None else [*self.blocks, self.partial]
-        return sources[0] if mix is None else mix(sources)
+        return norm(sources[0]) if mix is None else mix(sources, norm)
 
     def add(self, out: Tensor) -> None:
         """Takes a sublayer's output, first closing the block if it is full."""

@@ -57,8 +57,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, stream: Stream, step: Step, state: LayerState | None) -> None:
         """Reads from and adds to the stream; advances the state."""
-        stream.add(self.mixer(self.mixer_norm(stream.read(self.mixer_mix)), step, state))
-        x = self.mlp_norm(stream.read(self.mlp_mix))
+        stream.add(self.mixer(stream.read(self.mixer_mix, self.mixer_norm), step, state))
+        x = stream.read(self.mlp_mix, self.mlp_norm)
         stream.add(self.mlp(x, step.valid) if isinstance(self.mlp, MoE) else self.mlp(x))
 
 
@@ -76,7 +76,7 @@ class Branch(nn.Module):
         """Returns the hidden state [B, T, D] that the head reads."""
         for i, layer in enumerate(self.layers):
             layer(stream, step, None if states is None else states[i])
-        return self.norm(stream.read(self.mix))
+        return stream.read(self.mix, self.norm)
 
 
 class Backbone(nn.Module):

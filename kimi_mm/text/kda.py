@@ -12,6 +12,7 @@ Shapes:  B batch  T time  D hidden  H key heads  HV value heads  K key channels 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,18 @@ class KDA(nn.Module):
         config = self.config
         B, T, _ = x.shape
         H, HV, K, V = config.num_heads, config.value_heads, config.head_dim, config.value_dim
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        decay = self.f_b_proj(self.f_a_proj(x)).view(B, T, HV, K)
+        beta = self.b_proj(x)
+        gate = self.g_b_proj(self.g_a_proj(x)).view(B, T, HV, V)
+        options: dict[str, Any] = {"gate": config.gate, "A_log": self.A_log, "dt_bias": self.dt_bias}
+        options["lower_bound"] = config.gate_lower_bound if config.gate == "bounded" else None
+        if state is not None and T == 1 and step.lengths is None:
+            rows = (qkv[:, 0], self.conv_weight, state.conv, decay[:, 0], beta[:, 0], state.recurrent, gate[:, 0])
+            out, state.recurrent, state.conv = kernels.kda_decode(*rows, self.o_norm_weight, self.eps, **options)
+            return self.o_proj(out.flatten(1)[:, None])
         qkv, conv_state = kernels.short_conv(
-            torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
+            qkv,
             self.conv_weight,
             initial_state=None if state is None else state.conv,
             output_final_state=state is not None,
@@ -84,48 +95,23 @@ class KDA(nn.Module):
             lengths=step.lengths,
         )
         q, k, v = qkv.split([H * K, H * K, HV * V], -1)
-        decay = self.f_b_proj(self.f_a_proj(x))
-        beta = self.b_proj(x)
-        if state is not None and T == 1 and step.lengths is None:
-            out, state.recurrent = kernels.kda_step(
-                q.view(B, H, K),
-                k.view(B, H, K),
-                v.view(B, HV, V),
-                decay.view(B, HV, K),
-                beta.view(B, HV),
-                state.recurrent,
-                gate=config.gate,
-                A_log=self.A_log,
-                dt_bias=self.dt_bias,
-                lower_bound=config.gate_lower_bound if config.gate == "bounded" else None,
-                qk_l2norm=True,
-                beta_sigmoid=True,
-            )
-            out = out[:, None]
-        else:
-            out, final = kernels.chunk_kda(
-                q.view(B, T, H, K),
-                k.view(B, T, H, K),
-                v.view(B, T, HV, V),
-                decay.view(B, T, HV, K),
-                beta,
-                gate=config.gate,
-                A_log=self.A_log,
-                dt_bias=self.dt_bias,
-                lower_bound=config.gate_lower_bound if config.gate == "bounded" else None,
-                qk_l2norm=True,
-                beta_sigmoid=True,
-                initial_state=None if state is None else state.recurrent,
-                output_final_state=state is not None,
-                cu_seqlens=step.cu_seqlens,
-                lengths=step.lengths if state is not None else None,
-            )
-            if state is not None:
-                assert final is not None
-                state.recurrent = final
+        out, final = kernels.chunk_kda(
+            q.view(B, T, H, K),
+            k.view(B, T, H, K),
+            v.view(B, T, HV, V),
+            decay,
+            beta,
+            **options,
+            qk_l2norm=True,
+            beta_sigmoid=True,
+            initial_state=None if state is None else state.recurrent,
+            output_final_state=state is not None,
+            cu_seqlens=step.cu_seqlens,
+            lengths=step.lengths if state is not None else None,
+        )
         if state is not None:
+            assert final is not None
             assert conv_state is not None
-            state.conv = conv_state.to(state.conv.dtype)
-        gate = self.g_b_proj(self.g_a_proj(x)).view(B, T, HV, V)
+            state.recurrent, state.conv = final, conv_state.to(state.conv.dtype)
         out = kernels.gated_rms_norm(out, gate, self.o_norm_weight, self.eps)
         return self.o_proj(out.flatten(2))

@@ -1,5 +1,7 @@
 """Short convolution, gated norm, and the choice of implementations."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,7 @@ class TestDispatch:
 
     @pytest.mark.parametrize("how", ["argument", "environment"])
     def test_asking_for_triton_on_a_cpu_is_refused(self, how, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         if how == "environment":
             monkeypatch.setenv("KIMI_MM_KERNELS", "triton")
         with pytest.raises(kernels.KernelError, match="use 'auto' or 'reference'"):
@@ -105,6 +108,10 @@ class TestDispatch:
         with pytest.raises(kernels.KernelError, match="must be one of"):
             dispatch.resolve("chunk_kda", "cpu")
 
-    def test_every_public_operation_resolves(self):
+    def test_every_public_operation_resolves_to_either_twin(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
         for name in set(kernels.__all__) - {"KernelError", "resolve"}:
-            assert callable(dispatch.resolve(name, "cpu", "reference"))
+            assert dispatch.resolve(name, "cpu", "reference").__module__.endswith(".reference")
+            for twin in (dispatch.resolve(name, "cuda"), dispatch.resolve(name, "cpu", "triton")):
+                assert twin.__module__.split(".")[-1] in ("triton", "triton_step")
+                assert inspect.signature(twin) == inspect.signature(dispatch.resolve(name, "cpu", "reference"))

@@ -20,6 +20,7 @@ from torch import Tensor
 from kimi_mm.kernels.attn_res import reference
 from kimi_mm.kernels.attn_res.triton_mix import finish_kernel, mix_backward_kernel, mix_kernel, sum_partials_kernel
 from kimi_mm.kernels.launch import cdiv, check_tensors, on_device, power_of_two
+from kimi_mm.kernels.operator import operator
 
 # `elements`: most channels of a row that a thread holds. `held`: channels that all programs hold together, which
 # bounds their number and with it the partial sums; they then take several tokens each. `queries`: of a program.
@@ -172,7 +173,7 @@ def attn_res_finish_norm(
     return _finish(*tensors, eps, out_weight.contiguous(), out_eps, dtype or mixed.dtype)
 
 
-@torch.library.custom_op("kimi_mm::attn_res_mix", mutates_args=())
+@operator("kimi_mm::attn_res_mix")
 def _mix(
     sources: Sequence[Tensor],
     query: Tensor,
@@ -220,7 +221,7 @@ def _(
     return torch.empty_like(first), first.new_empty(shape, dtype=torch.float32), hidden
 
 
-@torch.library.custom_op("kimi_mm::attn_res_mix_backward", mutates_args=())
+@operator("kimi_mm::attn_res_mix_backward")
 def _mix_backward(
     d_out: Tensor,
     sources: Sequence[Tensor],
@@ -293,7 +294,7 @@ def _gradients(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Any, ...]:
 _mix.register_autograd(_gradients, setup_context=_keep)
 
 
-@torch.library.custom_op("kimi_mm::attn_res_begin", mutates_args=())
+@operator("kimi_mm::attn_res_begin")
 def _begin(
     sources: Sequence[Tensor], queries: Tensor, norm_weights: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,7 +325,7 @@ def _(sources: Sequence[Tensor], queries: Tensor, norm_weights: Tensor, eps: flo
     return mixed, mixed.new_empty(mixed.shape[:-1]), mixed.new_empty(mixed.shape[:-1])
 
 
-@torch.library.custom_op("kimi_mm::attn_res_finish", mutates_args=())
+@operator("kimi_mm::attn_res_finish")
 def _finish(
     mixed: Tensor,
     peak: Tensor,

@@ -23,6 +23,7 @@ from torch import Tensor
 from kimi_mm.kernels.conv import reference
 from kimi_mm.kernels.conv.triton_walk import backward_kernel, forward_kernel, past_kernel, sequence_kernel
 from kimi_mm.kernels.launch import cdiv, check_bounds, check_index, check_tensors, on_device
+from kimi_mm.kernels.operator import operator
 
 # ROWS loaded at a time, channels of a program, and about how many programs (backward: as many partial sums).
 CONFIGS = {
@@ -86,7 +87,7 @@ def short_conv(
     return y, final if output_final_state else None
 
 
-@torch.library.custom_op("kimi_mm::short_conv", mutates_args=())
+@operator("kimi_mm::short_conv")
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -126,7 +127,7 @@ def _(
     return torch.empty_like(x), x.new_empty((N, weight.shape[1] - 1, x.shape[2]) if want_final else (0,))
 
 
-@torch.library.custom_op("kimi_mm::short_conv_backward", mutates_args=())
+@operator("kimi_mm::short_conv_backward")
 def _conv_backward(
     dy: Tensor,
     dfinal: Tensor | None,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kimi_mm.kernels.cross_entropy import reference
 from kimi_mm.kernels.launch import on_device
+from kimi_mm.kernels.operator import operator
 
 # The rows of a chunk: enough logits for the products, and so many rows that adding to dW costs little beside them.
 CONFIGS = {"chunk": {"logits": 2**23, "rows": 1024}, "loss": {"BLOCK": 4096, "num_warps": 8}}
@@ -75,7 +76,7 @@ def linear_cross_entropy(
     return _linear_cross_entropy(*inputs, label_smoothing, z_loss, softcap or 0.0, dtype, *wanted)[0]
 
 
-@torch.library.custom_op("kimi_mm::linear_cross_entropy", mutates_args=())
+@operator("kimi_mm::linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -30,6 +30,7 @@ from kimi_mm.kernels.kda.chunk_launch import (
     run_scan_back,
 )
 from kimi_mm.kernels.launch import on_device
+from kimi_mm.kernels.operator import operator
 from kimi_mm.kernels.precision import without_autocast
 
 # Bytes of intermediates a call may keep for its backward; beyond them the backward computes them again.
@@ -79,7 +80,7 @@ def chunk_kda(
         initial_state = initial_state.to(torch.float32).contiguous()
     wanted = (q, k, v, g, beta, A_log, dt_bias, initial_state)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in wanted)
-    outputs = torch.ops.kimi_mm.chunk_kda(
+    outputs = _forward(
         *(rows_of(x, x.shape[2]) for x in (q, k, v, g, beta)),
         None if gate == "given" else A_log,
         None if gate == "given" else dt_bias,
@@ -106,9 +107,8 @@ OPTIONS = (
 KEPT = 8  # w kg qg P fade X states deltas
 
 
-@torch.library.custom_op(
+@operator(
     "kimi_mm::chunk_kda",
-    mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, {OPTIONS}, bool want_final, int chunk, bool train)"
     f" -> ({', '.join(['Tensor'] * (2 + KEPT))})",
 )
@@ -150,9 +150,8 @@ def _forward_fake(q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, lengths
     return out, final, *wide, P, fade, X, states, deltas
 
 
-@torch.library.custom_op(
+@operator(
     "kimi_mm::chunk_kda_backward",
-    mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, {OPTIONS}, int chunk, Tensor out, Tensor d_out, "
     f"Tensor? d_final, {', '.join(f'Tensor kept_{n}' for n in range(KEPT))}) -> ({', '.join(['Tensor'] * 8)})",
 )
@@ -206,10 +205,9 @@ def _autograd_backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *
         d_out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     if d_final is not None:
         d_final = d_final.contiguous() if ctx.want_final else None
-    gradients = torch.ops.kimi_mm.chunk_kda_backward(*tensors, *options, chunk, out, d_out, d_final, *kept)
-    needed = (None if x is None or not x.numel() else x for x in gradients)
-    *most, d_initial = (x if need else None for x, need in zip(needed, ctx.needs_input_grad[:8], strict=True))
-    return (*most, d_initial, *(None,) * 11)
+    gradients = _backward(*tensors, *options, chunk, out, d_out, d_final, *kept)
+    known = (None if x is None else d for x, d in zip(tensors[:8], gradients, strict=True))
+    return (*known, *(None,) * 11)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -27,6 +27,7 @@ from torch import Tensor
 from kimi_mm.kernels.kda import reference
 from kimi_mm.kernels.kda.chunk_ops import GATE_CODES, gate_rate, log_decay
 from kimi_mm.kernels.launch import cdiv, check_index, check_tensors, on_device, power_of_two
+from kimi_mm.kernels.operator import operator
 
 # Rows of the state a program holds at a time.
 CONFIGS = {"step": {"BV": 32, "num_warps": 4}, "decode": {"BV": 64, "num_warps": 8}}
@@ -157,7 +158,7 @@ def kda_decode(
     return y, state, conv_state
 
 
-@torch.library.custom_op("kimi_mm::kda_step", mutates_args=("state",))
+@operator("kimi_mm::kda_step", mutates_args=("state",))
 def _step(
     q: Tensor,
     k: Tensor,
@@ -194,7 +195,7 @@ def _(q, k, v, g, beta, state, A_log, dt_bias, slots, gate, lower, scale, norm, 
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
-@torch.library.custom_op("kimi_mm::kda_decode", mutates_args=("conv_state", "state"))
+@operator("kimi_mm::kda_decode", mutates_args=("conv_state", "state"))
 def _decode(
     qkv: Tensor,
     g: Tensor,

@@ -35,6 +35,7 @@ from kimi_mm.kernels.moe.triton_rows import (
     swiglu_backward,
     tile_bound,
 )
+from kimi_mm.kernels.operator import operator
 
 # Who multiplies when experts are wide and of 16 bits, on Hopper: "triton" (triton_gemm, as everywhere else), "tma"
 # (triton_tma), or "torch" (grouped_mm with our kernels around it; bf16 alone, "tma" or "triton" otherwise).
@@ -141,7 +142,7 @@ def _s(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-@torch.library.custom_op("kimi_mm::moe_route", mutates_args=())
+@operator("kimi_mm::moe_route")
 def _route(
     logits: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalize: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ def _(
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
 
 
-@torch.library.custom_op("kimi_mm::moe_route_backward", mutates_args=())
+@operator("kimi_mm::moe_route_backward")
 def _route_backward(logits: Tensor, indices: Tensor, dweights: Tensor, normalize: bool, scaling: float) -> Tensor:
     return routing.route_backward(logits, indices, dweights, normalize, scaling)
 
@@ -181,7 +182,7 @@ def _route_gradient(ctx: Any, _: Tensor | None, dweights: Tensor) -> tuple[Tenso
 _route.register_autograd(_route_gradient, setup_context=_keep_route)
 
 
-@torch.library.custom_op("kimi_mm::moe_experts", mutates_args=())
+@operator("kimi_mm::moe_experts")
 def _experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -230,7 +231,7 @@ def _(
     )
 
 
-@torch.library.custom_op("kimi_mm::moe_experts_backward", mutates_args=())
+@operator("kimi_mm::moe_experts_backward")
 def _experts_backward(
     dout: Tensor,
     x: Tensor,

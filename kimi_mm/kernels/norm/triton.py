@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kimi_mm.kernels.launch import cdiv, check_tensors, on_device, power_of_two
 from kimi_mm.kernels.norm import reference
+from kimi_mm.kernels.operator import operator
 
 # `elements` of a tile; `programs` bounds the partial sums of the weight's gradient.
 CONFIGS = {
@@ -58,7 +59,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     return _norm(x.contiguous(), gate.contiguous(), weight.contiguous(), eps)
 
 
-@torch.library.custom_op("kimi_mm::gated_rms_norm", mutates_args=())
+@operator("kimi_mm::gated_rms_norm")
 def _norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     D = x.shape[-1]
     R = x.numel() // D
@@ -75,7 +76,7 @@ def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("kimi_mm::gated_rms_norm_backward", mutates_args=())
+@operator("kimi_mm::gated_rms_norm_backward")
 def _norm_backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     D = x.shape[-1]
     R = x.numel() // D
