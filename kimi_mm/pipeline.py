@@ -1,7 +1,8 @@
-"""The model as people use it: load by name, transcribe a recording of any length, ask about pictures and clips.
+"""The model as people use it: load by name, transcribe a recording of any length, ask about pictures and clips, talk.
 
 recording ─► 16 kHz mono ─► pieces cut at silences ─► codes + features ─► prompts ─► text, piece by piece
 pictures, clips ─► patches ─► rows ─► prompt with the question ─► text, word by word
+turns, or text to be spoken ─► prompt ─► text and codes ─► text and 24 kHz speech, piece by piece (`kimi_mm.speech`)
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from kimi_mm.audio.detokenizer import Detokenizer
+from kimi_mm.audio.detokenizer import Detokenizer, SpeakerPrompt
+from kimi_mm.audio.detokenizer_config import StreamingConfig
+from kimi_mm.audio.detokenizer_stream import check_codes
 from kimi_mm.audio.io import read_audio, to_mono_16k
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.audio.tokenizer import AudioTokenizer
+from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.generation import TextResult, TextSampling, generate_text, stream_text
+from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.model import Model
 from kimi_mm.processing import AudioClip, ModelInputs, Processor
-from kimi_mm.text.tokenizer import TextTokenizer
-from kimi_mm.types import Segment, Transcript
+from kimi_mm.speech import Speaker
+from kimi_mm.text.sentences import speakable
+from kimi_mm.text.tokenizer import TextPieces, TextTokenizer
+from kimi_mm.types import Event, Segment, Transcript, WavePiece
 from kimi_mm.vision.processing import VisionItem, VisionProcessor
 
 SAMPLE_RATE = 16_000
@@ -187,6 +194,96 @@ class KimiMM:
         inputs = self.processor.collate([self.processor.streams(seen)], [[]], [items]).to(self.device)
         return self._answer(inputs, TextSampling(temperature=temperature, max_tokens=max_tokens), None)
 
+    def stream(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        sampling: SpeechSampling | None = None,
+        generator: torch.Generator | None = None,
+        voice: SpeakerPrompt | None = None,
+        streaming: StreamingConfig | None = None,
+    ) -> Iterator[Event]:
+        """Answers a conversation with text and speech, both as they come.
+
+        Args:
+            messages: as for `Processor.see`; recordings are {"type": "audio", "audio": source}, with a "sample_rate"
+                where the source is an array, and speech said before is {"type": "audio", "codes": [...]}.
+            sampling: of both streams, and their budgets.
+            generator: source of all randomness, on any device; None starts one at seed 0.
+            voice: of `detokenizer.prompt`, to speak like; None is the model's own.
+            streaming: chunk sizes and solver of the speech; None takes the config's.
+
+        Returns:
+            `TextPiece`, `CodePiece`, `WavePiece` in any order, and one `Stopped` at the end.
+
+        Raises:
+            UserError: the model has no voice, or a message cannot be used.
+        """
+        speaker = Speaker(self, sampling, generator, voice, streaming)
+        return speaker.reply(self._hear(messages))
+
+    def speak(self, text: str, **options: Any) -> np.ndarray:
+        """Speaks a text of any length: samples [S] fp32 in [-1, 1] at `detokenizer.sample_rate`; see `speak_stream`."""
+        pieces = [event.wave for event in self.speak_stream(text, **options) if isinstance(event, WavePiece)]
+        return np.concatenate(pieces)
+
+    def speak_stream(
+        self,
+        text: str,
+        *,
+        sampling: SpeechSampling | None = None,
+        generator: torch.Generator | None = None,
+        voice: SpeakerPrompt | None = None,
+        streaming: StreamingConfig | None = None,
+    ) -> Iterator[Event]:
+        """Speaks a text sentence by sentence; arguments, events and errors as for `stream`.
+
+        Raises:
+            UserError: the model has no voice, or the text has nothing that can be spoken.
+        """
+        return Speaker(self, sampling, generator, voice, streaming).speak(speakable(text))
+
+    def voice(
+        self, audio: str | Path | bytes | np.ndarray | torch.Tensor, *, sample_rate: int = SAMPLE_RATE
+    ) -> SpeakerPrompt:
+        """Returns the `SpeakerPrompt` of a recording (arguments as for `transcribe`), which `stream` then speaks like.
+
+        Raises:
+            AudioError: the recording is too short or cannot be used.
+        """
+        rate = self.detokenizer.sample_rate
+        if isinstance(audio, (str, Path, bytes)):
+            audio, sample_rate = read_audio(audio, rate)[0], rate
+        return self.detokenizer.prompt(audio, sample_rate, self.tokenizer.encode(audio, sample_rate).codes)
+
+    def listen(
+        self, audio: str | Path | bytes | np.ndarray | torch.Tensor | AudioTokens, sample_rate: int = SAMPLE_RATE
+    ) -> AudioTokens:
+        """Returns the codes and features of a recording; arguments and errors as for `transcribe`."""
+        if isinstance(audio, AudioTokens):
+            return audio
+        if isinstance(audio, (str, Path, bytes)):
+            return self.tokenizer.encode(read_audio(audio)[0])
+        return self.tokenizer.encode(audio, sample_rate)
+
+    def _hear(self, messages: Sequence[dict[str, Any]]) -> ModelInputs:
+        """Reads the pictures and recordings of a conversation and returns its prompt for a spoken reply."""
+        seen, items = self.processor.see(messages)
+        clips: list[AudioClip] = []
+        for message in seen:
+            parts = message.get("content")
+            if not isinstance(parts, list):
+                continue
+            for at, part in enumerate(parts):
+                if part.get("type") == "audio" and "audio" in part:
+                    tokens = self.listen(part["audio"], part.get("sample_rate", SAMPLE_RATE))
+                    clips.append(AudioClip(tokens.codes, tokens.features))
+                    parts[at] = {"type": "audio", "num_codes": len(tokens)}
+                elif part.get("type") == "audio" and "codes" in part:
+                    check_codes(part["codes"], self.config.vocab.num_audio_codes)
+        streams = self.processor.streams(seen, output="speech")
+        return self.processor.collate([streams], [clips], [items]).to(self.device)
+
     def look(self, images: Any) -> list[VisionItem]:
         """Reads one or a list of pictures and clips into patches; what was left out stands in the items' `notes`.
 
@@ -210,15 +307,10 @@ class KimiMM:
         return self.processor.collate([streams], [[]], [items]).to(self.device)
 
     def _answer(self, inputs: ModelInputs, sampling: TextSampling, generator: torch.Generator | None) -> Iterator[str]:
-        ids: list[int] = []
-        given = ""
+        pieces = TextPieces(self.processor.tokenizer)
         for token in stream_text(self.model, inputs, sampling=sampling, generator=generator):
-            ids.append(token)
-            text = self.processor.tokenizer.decode(ids)
-            # A character of several bytes is whole only when its last id has come.
-            if len(text) > len(given) and not text.endswith("\ufffd"):
-                yield text[len(given) :]
-                given = text
+            if piece := pieces.push(token):
+                yield piece
 
     @property
     def device(self) -> torch.device:

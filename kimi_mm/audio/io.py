@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -149,6 +150,18 @@ def resample(wave: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
     resampler = Resampler(rate, target_rate)
     pieces = [resampler.push(wave[at : at + _BLOCK]) for at in range(0, len(wave), _BLOCK)]
     return np.concatenate([*pieces, resampler.flush()])
+
+
+def wav_stream_header(sample_rate: int) -> bytes:
+    """Returns the header of a mono 16-bit WAV whose length is not known yet: sizes say "until the end"."""
+    unknown, rate = 0xFFFFFFFF, check_rate(sample_rate)
+    form = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", unknown, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
+    return form + struct.pack("<4sI", b"data", unknown)
+
+
+def pcm16(wave: np.ndarray) -> bytes:
+    """Returns samples [S] in [-1, 1] as 16-bit little-endian integers."""
+    return np.round(np.clip(wave, -1.0, 1.0) * 32767).astype("<i2").tobytes()
 
 
 def write_wav(path: str | Path, wave: np.ndarray | torch.Tensor, sample_rate: int) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kimi_mm import __version__
+from kimi_mm.cli.chat import TurnsInOrder, chat
 from kimi_mm.cli.check_data import check_data
 from kimi_mm.cli.demo import demo
 from kimi_mm.cli.describe import describe as describe_pictures
@@ -17,6 +18,7 @@ from kimi_mm.cli.evaluate import app as eval_app
 from kimi_mm.cli.info import info
 from kimi_mm.cli.prepare import prepare
 from kimi_mm.cli.resynth import resynth
+from kimi_mm.cli.say import say
 from kimi_mm.cli.tokenize import tokenize
 from kimi_mm.cli.train import train
 from kimi_mm.cli.transcribe import transcribe
@@ -32,6 +34,8 @@ app.command()(transcribe)
 app.command("describe")(describe_pictures)
 app.command()(tokenize)
 app.command()(resynth)
+app.command()(say)
+app.command(cls=TurnsInOrder)(chat)
 app.command()(demo)
 app.command()(info)
 app.add_typer(eval_app, name="eval")

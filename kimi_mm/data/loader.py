@@ -24,6 +24,7 @@ from kimi_mm.data.text import WORDS
 from kimi_mm.errors import CheckpointError
 from kimi_mm.evaluation.normalize import normalize_english
 from kimi_mm.processing import IGNORE, Processor
+from kimi_mm.text.sentences import polish as polish
 from kimi_mm.training.recipe import SpeechDataConfig, TextDataConfig
 
 SAMPLE_RATE = 16_000
@@ -72,14 +73,6 @@ class Utterance:
     start: int
     samples: int
     text: str
-
-
-def polish(text: str) -> str:
-    """Returns a sentence as it should be written: capital first letter, closing punctuation."""
-    text = " ".join(text.split())
-    if text and text[0].islower():
-        text = text[0].upper() + text[1:]
-    return text if not text or text[-1:] in ".?!" else text.rstrip(",;:-") + "."
 
 
 def spell(text: str) -> np.ndarray:

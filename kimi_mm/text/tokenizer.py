@@ -77,6 +77,25 @@ class TextTokenizer:
         return self._tokenizer.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=False).strip()
 
 
+class TextPieces:
+    """Turns ids that come one by one into pieces of text, whole characters each."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.text = ""
+
+    def push(self, token: int) -> str:
+        """Takes the next id, and returns the text that became certain: maybe none."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        # A character of several bytes is whole only when its last id has come.
+        if len(text) <= len(self.text) or text.endswith("\ufffd"):
+            return ""
+        piece, self.text = text[len(self.text) :], text
+        return piece
+
+
 def _lead(text: str) -> str:
     """Gives a text the space that words inside a sentence have, so that a word has one spelling in ids."""
     return f" {text}" if text else text
