@@ -88,3 +88,45 @@ def test_the_choice_is_triton(monkeypatch):
     monkeypatch.setenv("KIMI_MM_KERNELS", "triton")
     for name in set(kernels.__all__) - {"KernelError", "resolve"}:
         assert "triton" in dispatch.resolve(name, DEVICE).__module__
+
+
+@pytest.mark.gpu
+def test_mixed_precision_training(model, monkeypatch):
+    x = torch.randn(4, 300, 32, device="cuda", requires_grad=True)
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(x).text_hidden
+        leaves = [x, *(p for name, p in model.named_parameters() if "embed" not in name)]
+        return [out, *torch.autograd.grad(out.float().square().mean(), leaves, materialize_grads=True)]
+
+    for want, got in zip(*_both(monkeypatch, run), strict=True):
+        assert got.isfinite().all()
+        assert (want.float() - got.float()).norm() <= 0.1 * want.float().norm() + 1e-4
+
+
+@pytest.mark.gpu
+def test_training_step_as_a_cuda_graph(model, monkeypatch):
+    monkeypatch.setenv("KIMI_MM_KERNELS", "triton")
+    dispatch.forget()
+    sample = torch.randn(2, 64, 32, device="cuda", requires_grad=True)
+
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = model
+
+        def forward(self, x):
+            return self.backbone(x).text_hidden
+
+    x = torch.randn_like(sample, requires_grad=True)
+    want = Hidden()(x)
+    (d_want,) = torch.autograd.grad(want.square().sum(), x)
+    used = {name for name, p in model.named_parameters() if "embed" not in name}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in used)
+    graphed = torch.cuda.make_graphed_callables(Hidden(), (sample,), allow_unused_input=True)
+    got = graphed(x)
+    (d_got,) = torch.autograd.grad(got.square().sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_got, d_want, rtol=1e-3, atol=1e-4)
