@@ -5,6 +5,7 @@
     empty cache             causal among the new tokens; right-padded rows need no mask, their tails are never read
     filled cache, T = 1     all keys of the row
     filled cache, T > 1     keys up to each query
+    context parallel        keys of all ranks before, and causal among one's own (kimi_mm.text.context)
 
 Shapes:  B batch  T new tokens  S keys  H heads  D channels
 """
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from kimi_mm.text.cache import BackboneCache
+from kimi_mm.text.context import Context, ContextStep, document_step
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Step:
     mask: Tensor | None = None  # [B, 1, T, S] or [1, 1, T, T] bool, True where a query may look
     start: int = 0  # tokens the fullest cache row holds
     write: Tensor | None = None  # [B, T] cache index of every new token; None: all rows at `start`
+    context: ContextStep | None = None  # rows that other ranks hold the rest of
 
 
 def plan_step(
@@ -40,11 +44,13 @@ def plan_step(
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     cache: BackboneCache | None,
+    context: Context | None = None,
 ) -> Step:
     """Works out positions and masks of one call, without reading the device unless cu_seqlens lies on a CPU.
 
     Args:
         x: [B, T, D]. positions: [B, T] or None for 0, 1, .. in every sequence. lengths: [B]. cu_seqlens: [N + 1].
+        context: the group that shares the rows: x is this rank's stretch, cu_seqlens are the whole row's.
 
     Raises:
         ValueError: if the options contradict each other.
@@ -52,6 +58,17 @@ def plan_step(
     B, T, _ = x.shape
     counted = torch.arange(T, device=x.device)
     valid = None if lengths is None else counted < lengths[:, None]
+    if context is not None:
+        if cache is not None or lengths is not None:
+            raise ValueError("context parallelism is for training on whole rows: it excludes a cache and lengths.")
+        if cu_seqlens is not None and B != 1:
+            raise ValueError("cu_seqlens packs sequences into one row: it excludes B > 1.")
+        if cu_seqlens is not None:
+            shared, local, own, mask = document_step(context, T, cu_seqlens)
+            return Step(own if positions is None else positions, cu_seqlens=local, mask=mask, context=shared)
+        offset = context.rank * T
+        where = (offset + counted).expand(B, T) if positions is None else positions
+        return Step(where, context=ContextStep(context, offset))
     if cu_seqlens is not None:
         if cache is not None or lengths is not None or B != 1:
             raise ValueError("cu_seqlens packs sequences into one row: it excludes a cache, lengths, and B > 1.")
@@ -108,7 +125,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
         ]
         return torch.cat(parts, 2).transpose(1, 2)
     causal = step.mask is None and S == T
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, scale=scale).transpose(1, 2)
+    mask = step.mask
+    if step.context is not None and mask is None and S > T:
+        mask, causal = causal_lower_right(T, S), False  # the queries are the last T of S positions
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 class PeakLogits(nn.Module):
@@ -146,7 +166,7 @@ class PeakLogits(nn.Module):
             queries = q[:, rows].transpose(1, 2).unflatten(1, (G, H // G))  # [B, G, H / G, t, D]
             scores = (queries @ keys.mT).flatten(1, 2).float() * scale  # [B, H, t, S]
             if mask is None:
-                seen = positions[rows][:, None] >= positions
+                seen = torch.arange(S - T + rows.start, S - T + rows.stop, device=q.device)[:, None] >= positions
             else:
                 seen = mask[:, :, rows] if mask.shape[-2] == T else mask
             if step.valid is not None:

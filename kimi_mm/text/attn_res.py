@@ -4,13 +4,18 @@
     attn_res    blocks [b_0 = embedding, b_1, ..] and the running sum of the open block
                 h = mix(blocks + [partial]) ─► f ─► partial + f(h);   every `block_size` sublayers the block closes
 
-A stream belongs to one forward call. `fork` gives a second branch the same past.
+A stream belongs to one forward call. `fork` gives a second branch the same past. To PyTorch a stream is a tree of its
+tensors, so that hooks on layers find them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from kimi_mm import kernels
 from kimi_mm.text.norm import RMSNorm
@@ -77,3 +82,16 @@ class AttnResStream:
 
 
 Stream = PlainStream | AttnResStream
+
+
+def _put_together(leaves: Iterable[Any], kept: tuple[int, int]) -> AttnResStream:
+    *blocks, partial = leaves
+    stream = AttnResStream(blocks[0], kept[0])
+    stream.blocks, stream.partial, stream.in_block = blocks, partial, kept[1]
+    return stream
+
+
+_pytree.register_pytree_node(PlainStream, lambda s: ([s.x], None), lambda leaves, _: PlainStream(*leaves))
+_pytree.register_pytree_node(
+    AttnResStream, lambda s: ([*s.blocks, s.partial], (s.block_size, s.in_block)), _put_together
+)

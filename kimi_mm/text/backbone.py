@@ -12,21 +12,25 @@ Shapes:  B batch  T time  D hidden  F feature channels  V vocabulary
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kimi_mm.config import BackboneConfig, ConfigError
-from kimi_mm.text.attention import Step, plan_step
+from kimi_mm.text.attention import PeakLogits, Step, plan_step
 from kimi_mm.text.attn_res import AttnRes, AttnResStream, PlainStream, Stream
 from kimi_mm.text.cache import BackboneCache, LayerState
+from kimi_mm.text.context import Context
 from kimi_mm.text.gqa import GQA
 from kimi_mm.text.kda import KDA
 from kimi_mm.text.mla import MLA
 from kimi_mm.text.mlp import DenseMLP
-from kimi_mm.text.moe import MoE
+from kimi_mm.text.moe import MoE, Router
 from kimi_mm.text.norm import RMSNorm
 
 
@@ -55,11 +59,37 @@ class DecoderLayer(nn.Module):
             MoE(_section(config.moe, "moe"), D) if mlp == "moe" else DenseMLP(D, config.intermediate_size)
         )
 
-    def forward(self, stream: Stream, step: Step, state: LayerState | None) -> None:
-        """Reads from and adds to the stream; advances the state."""
+        self.recompute = False  # keeps only the stream for the backward pass, and computes the rest again
+
+    def forward(self, stream: Stream, step: Step, state: LayerState | None) -> Stream:
+        """Returns the stream with both outputs added; advances the state."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, stream, step, state, use_reentrant=False, context_fn=self._contexts)  # type: ignore[return-value]
+        return self._run(stream, step, state)
+
+    def _run(self, stream: Stream, step: Step, state: LayerState | None) -> Stream:
+        stream = stream.fork()
         stream.add(self.mixer(stream.read(self.mixer_mix, self.mixer_norm), step, state))
         x = stream.read(self.mlp_mix, self.mlp_norm)
         stream.add(self.mlp(x, step.valid) if isinstance(self.mlp, MoE) else self.mlp(x))
+        return stream
+
+    def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), self._repeating()
+
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        """The second run of the same step: picks and largest logits have been counted."""
+        counters = [(m, "counting") for m in self.modules() if isinstance(m, Router)]
+        counters += [(m, "enabled") for m in self.modules() if isinstance(m, PeakLogits)]
+        before = [getattr(module, name) for module, name in counters]
+        for module, name in counters:
+            setattr(module, name, False)
+        try:
+            yield
+        finally:
+            for (module, name), value in zip(counters, before, strict=True):
+                setattr(module, name, value)
 
 
 class Branch(nn.Module):
@@ -75,7 +105,7 @@ class Branch(nn.Module):
     def forward(self, stream: Stream, step: Step, states: list[LayerState] | None) -> Tensor:
         """Returns the hidden state [B, T, D] that the head reads."""
         for i, layer in enumerate(self.layers):
-            layer(stream, step, None if states is None else states[i])
+            stream = layer(stream, step, None if states is None else states[i])
         return stream.read(self.mix, self.norm)
 
 
@@ -85,6 +115,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
+        self.context: Context | None = None  # training: ranks that hold other stretches of the same rows
         D, V = config.hidden_size, config.vocab_size
         self.embed_tokens = nn.Embedding(V, D)
         self.adaptor = None
@@ -167,13 +198,13 @@ class Backbone(nn.Module):
         Raises:
             ValueError: if the options contradict each other or the cache belongs to another batch size.
         """
-        step = plan_step(inputs_embeds, positions, lengths, cu_seqlens, cache)
+        step = plan_step(inputs_embeds, positions, lengths, cu_seqlens, cache, self.context)
         states = None if cache is None else cache.layers
         stream: Stream = PlainStream(inputs_embeds)
         if self.config.residual == "attn_res":
             stream = AttnResStream(inputs_embeds, self.config.attn_res_block_size)
         for i, layer in enumerate(self.trunk):
-            layer(stream, step, None if states is None else states[i])
+            stream = layer(stream, step, None if states is None else states[i])
         middle, end = len(self.trunk), len(self.trunk) + len(self.text.layers)
         audio_stream = stream.fork()
         text_hidden = self.text(stream, step, None if states is None else states[middle:end])

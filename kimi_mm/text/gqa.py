@@ -53,5 +53,7 @@ class GQA(nn.Module):
             rows = state.append(torch.cat([k, v], -1), step.write, step.start)
             if step.start:
                 k, v = rows.to(x.dtype).chunk(2, -1)
+        if step.context is not None:
+            k, v = step.context.keys(torch.cat([k, v], -1)).chunk(2, -1)
         self.qk_max(q, k, step, self.scale)
         return self.o_proj(attend(q, k, v, step, self.scale).flatten(2))

@@ -86,25 +86,31 @@ class KDA(nn.Module):
             rows = (qkv[:, 0], self.conv_weight, state.conv, decay[:, 0], beta[:, 0], state.recurrent, gate[:, 0])
             out, state.recurrent, state.conv = kernels.kda_decode(*rows, self.o_norm_weight, self.eps, **options)
             return self.o_proj(out.flatten(1)[:, None])
+        past = None if state is None else state.conv
+        if step.context is not None:
+            past = step.context.conv_past(qkv, config.conv_kernel_size)
         qkv, conv_state = kernels.short_conv(
             qkv,
             self.conv_weight,
-            initial_state=None if state is None else state.conv,
+            initial_state=past,
             output_final_state=state is not None,
             cu_seqlens=step.cu_seqlens,
             lengths=step.lengths,
         )
         q, k, v = qkv.split([H * K, H * K, HV * V], -1)
+        q, k, v = q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, HV, V)
+        options |= {"qk_l2norm": True, "beta_sigmoid": True}
+        past = None if state is None else state.recurrent
+        if step.context is not None:
+            past = step.context.kda_past(k, v, decay, beta, **options)
         out, final = kernels.chunk_kda(
-            q.view(B, T, H, K),
-            k.view(B, T, H, K),
-            v.view(B, T, HV, V),
+            q,
+            k,
+            v,
             decay,
             beta,
             **options,
-            qk_l2norm=True,
-            beta_sigmoid=True,
-            initial_state=None if state is None else state.recurrent,
+            initial_state=past,
             output_final_state=state is not None,
             cu_seqlens=step.cu_seqlens,
             lengths=step.lengths if state is not None else None,

@@ -68,6 +68,8 @@ class MLA(nn.Module):
                 return self._one_token(q_nope, q_pe, rows.to(x.dtype), step.mask)
             if step.start:
                 row = rows.to(x.dtype)
+        if step.context is not None:
+            row = step.context.keys(row)
         return self._expanded(q_nope, q_pe, row, step)
 
     def _expanded(self, q_nope: Tensor, q_pe: Tensor, row: Tensor, step: Step) -> Tensor:

@@ -14,12 +14,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_mm import kernels
 from kimi_mm.config import MoEConfig
 from kimi_mm.kernels.precision import without_autocast
+from kimi_mm.text.expert_parallel import spread_experts
 from kimi_mm.text.mlp import DenseMLP
 
 
@@ -32,6 +34,7 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
+        self.counting = True  # off while a forward pass is only repeated for its gradients
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         self.register_buffer("bias", torch.zeros(config.num_experts))
         self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
@@ -50,7 +53,7 @@ class Router(nn.Module):
                 normalize=config.normalize_weights,
                 scaling=config.routed_scaling_factor,
             )
-        if self.training and torch.is_grad_enabled():
+        if self.counting and self.training and torch.is_grad_enabled():
             self._count(indices, valid)
         return indices, weights
 
@@ -84,8 +87,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(E, hidden_size, I))
 
+        self.group: dist.ProcessGroup | None = None  # ranks that the experts are spread over; each holds E / ranks
+
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x [N, D], indices and weights [N, k] -> [N, D]."""
+        if self.group is not None:
+            return spread_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.group)
         return kernels.moe_experts(x, indices, weights, self.gate_up_proj, self.down_proj)
 
 

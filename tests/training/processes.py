@@ -9,8 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -30,27 +32,35 @@ def together(count: int, worker: Callable[..., Any], *arguments: Any, timeout: f
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    results: Any = _CONTEXT.SimpleQueue()
-    processes = []
+    processes, readers = [], {}
     for rank in range(count):
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in world.items()} if count > 1 else {}
-        process = _CONTEXT.Process(target=_run, args=(worker, arguments, environment, (results, rank)), daemon=True)
+        reader, writer = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_run, args=(worker, arguments, environment, writer), daemon=True)
         process.start()
+        writer.close()
         processes.append(process)
-    for process in processes:
-        process.join(timeout)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
+        readers[reader] = rank
     outcomes: dict[int, Any] = {}
-    while not results.empty():
-        rank, error, value = results.get()
-        assert error is None, f"rank {rank}:\n{error}"
-        outcomes[rank] = value
-    assert not stuck, f"{len(stuck)} of {count} processes did not end in {timeout} s"
-    assert len(outcomes) == count, f"ranks {sorted(set(range(count)) - set(outcomes))} gave nothing back"
+    limit = time.monotonic() + timeout
+    try:
+        while readers and (ready := connection.wait(list(readers), max(0.0, limit - time.monotonic()))):
+            for reader in ready:
+                rank = readers.pop(reader)  # type: ignore[call-overload]
+                try:
+                    error, value = reader.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    error, value = "ended without a result", None
+                assert error is None, f"rank {rank}: {error}"
+                outcomes[rank] = value
+        assert not readers, f"ranks {sorted(readers.values())} did not end in {timeout} s"
+    finally:
+        for process in processes:
+            if len(outcomes) < count:
+                process.kill()
+            process.join()
     return [outcomes[rank] for rank in range(count)]
 
 
@@ -69,4 +79,4 @@ def _run(worker: Callable[..., Any], arguments: tuple, environment: dict[str, st
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if answer is not None:
-        answer[0].put((answer[1], error, value))
+        answer.send((error, value))
