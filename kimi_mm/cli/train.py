@@ -22,7 +22,11 @@ def train(
     """Train by a recipe."""
     folder = output or Path("runs") / Path(recipe).with_suffix("").relative_to(Path(recipe).anchor)
 
+    from kimi_mm.training.parallel import leave_processes
     from kimi_mm.training.run import train as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    run(recipe, debug=debug, output=folder, resume=resume, overrides=overrides or [])
+    try:
+        run(recipe, debug=debug, output=folder, resume=resume, overrides=overrides or [])
+    finally:
+        leave_processes()

@@ -92,7 +92,7 @@ class ContextStep:
             raise ValueError(f"stretches of {x.shape[1]} positions are too short for a convolution of {width}.")
         tails = self.context.gather(x[:, x.shape[1] - tail :])
         past = tails[rank - 1] if rank else tails[0] * 0.0
-        if self.carried is None:
+        if self.carried is None or self.carried_start is None:
             return past
         at = torch.arange(self.offset - tail, self.offset, device=x.device)
         return past * (self.carried[:, None] & (at >= self.carried_start))[..., None]

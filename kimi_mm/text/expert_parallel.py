@@ -11,13 +11,43 @@ Shapes:  N tokens of this rank  D width  E experts in all  k experts per token  
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from kimi_mm import kernels
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """How the experts of a layer, of which a rank holds some, lie over all ranks.
+
+    Args:
+        mesh: [copies, expert] ranks; a row of it shares all experts.
+        flat: the same ranks in the order of their experts, for stacks that FSDP cuts again.
+    """
+
+    mesh: DeviceMesh
+    flat: DeviceMesh
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share the experts."""
+        return self.mesh.size(1)
+
+    @property
+    def copies(self) -> int:
+        """How often every expert exists, before FSDP."""
+        return self.mesh.size(0)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """This rank's sharers."""
+        return self.mesh.get_group(1)
 
 
 class _Exchange(torch.autograd.Function):

@@ -14,14 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kimi_mm import kernels
 from kimi_mm.config import MoEConfig
 from kimi_mm.kernels.precision import without_autocast
-from kimi_mm.text.expert_parallel import spread_experts
+from kimi_mm.text.expert_parallel import ExpertPlace, spread_experts
 from kimi_mm.text.mlp import DenseMLP
 
 
@@ -87,12 +86,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(E, hidden_size, I))
 
-        self.group: dist.ProcessGroup | None = None  # ranks that the experts are spread over; each holds E / ranks
+        self.place: ExpertPlace | None = None  # ranks that the experts are spread over; each holds E / ranks
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x [N, D], indices and weights [N, k] -> [N, D]."""
-        if self.group is not None:
-            return spread_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.group)
+        if self.place is not None:
+            return spread_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.place.group)
         return kernels.moe_experts(x, indices, weights, self.gate_up_proj, self.down_proj)
 
 

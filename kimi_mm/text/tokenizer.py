@@ -56,6 +56,11 @@ class TextTokenizer:
         except Exception as error:  # tokenizers raises bare Exception on malformed files
             raise CheckpointError(f"{path}: not a tokenizer file ({error}).") from None
 
+    @classmethod
+    def from_json(cls, text: str) -> TextTokenizer:
+        """Makes a tokenizer from what `to_json` returned."""
+        return cls(Tokenizer.from_str(text))
+
     def to_json(self) -> str:
         """Returns the text that `load` reads."""
         return json.dumps(json.loads(self._tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))

@@ -7,6 +7,10 @@ Moonlight (arXiv 2502.16982), section 2; Kimi K2, section 2.1. The factor gives 
 and decay are shared. Matrices of one shape are orthogonalised together; stacked experts [E, m, n] count as E matrices.
 The clip of attention logits is `kimi_mm.training.qk_clip`.
 
+Sharded parameters (FSDP2) keep sharded momenta. Stacked experts are cut between matrices, so nothing travels. Other
+matrices are dealt to the ranks: shards travel to the matrix's owner, which orthogonalises it, and back; a rank sends
+and works on 1 / ranks of all matrices, and the result is that of one process.
+
 Shapes: m rows, n columns, E stacked matrices.
 """
 
@@ -17,7 +21,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kimi_mm.training.sharding import local
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
@@ -99,30 +107,33 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad.float() for p in parameters]  # type: ignore[union-attr]
-        momenta = [self._buffer(p, "momentum") for p in parameters]
+        gradients = [local(p.grad).float() for p in parameters]  # type: ignore[arg-type]
+        momenta = [local(self._buffer(p, "momentum")) for p in parameters]
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
         directions = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
-        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, direction in enumerate(directions):
-            shapes[direction.shape[-2], direction.shape[-1]].append(i)
+        # Matrices of one shape go together; those that are cut between rows apart, for they travel.
+        shapes: dict[tuple[int, int, Any], list[int]] = defaultdict(list)
+        for i, parameter in enumerate(parameters):
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) and parameter.dim() == 2 else None
+            shapes[parameter.shape[-2], parameter.shape[-1], mesh].append(i)
         updates: list[Tensor] = [torch.empty(0)] * len(parameters)
-        for (m, n), members in shapes.items():
-            counts = [directions[i].numel() // (m * n) for i in members]
-            stacked = orthogonalize(torch.cat([directions[i].view(-1, m, n) for i in members]))
+        for (m, n, mesh), members in shapes.items():
+            own = [directions[i] for i in members]
+            done = _together(own) if mesh is None else _dealt(own, m, mesh.get_group())
             scale = UPDATE_RMS * max(m, n) ** 0.5
-            for i, part in zip(members, (stacked * scale).split(counts), strict=True):
-                updates[i] = part.view_as(parameters[i]).to(parameters[i].dtype)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            for i, part in zip(members, done, strict=True):
+                updates[i] = (part * scale).to(parameters[i].dtype)
+        weights = [local(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
         group["adamw_steps"] = steps = group.get("adamw_steps", 0) + 1
-        gradients = [p.grad.float() for p in parameters]  # type: ignore[union-attr]
-        means = [self._buffer(p, "exp_avg") for p in parameters]
-        squares = [self._buffer(p, "exp_avg_sq") for p in parameters]
+        gradients = [local(p.grad).float() for p in parameters]  # type: ignore[arg-type]
+        means = [local(self._buffer(p, "exp_avg")) for p in parameters]
+        squares = [local(self._buffer(p, "exp_avg_sq")) for p in parameters]
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_mul_(squares, second)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
@@ -130,10 +141,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_div_(roots, (1 - second**steps) ** 0.5)
         torch._foreach_add_(roots, group["eps"])
         updates = torch._foreach_div(means, roots)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        weights = [local(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(
-            parameters,
-            [u.to(p.dtype) for u, p in zip(updates, parameters, strict=True)],
+            weights,
+            [u.to(w.dtype) for u, w in zip(updates, weights, strict=True)],
             alpha=-group["lr"] / (1 - first**steps),
         )
 
@@ -142,3 +154,42 @@ class Muon(torch.optim.Optimizer):
         if name not in state:
             state[name] = torch.zeros_like(parameter, dtype=torch.float32)
         return state[name]
+
+
+def _together(directions: list[Tensor]) -> list[Tensor]:
+    """Orthogonalises matrices and stacks of matrices of one shape, all at once."""
+    m, n = directions[0].shape[-2:]
+    stacked = orthogonalize(torch.cat([direction.reshape(-1, m, n) for direction in directions]))
+    parts = stacked.split([direction.numel() // (m * n) for direction in directions])
+    return [part.view_as(direction) for part, direction in zip(parts, directions, strict=True)]
+
+
+def _dealt(directions: list[Tensor], rows: int, group: dist.ProcessGroup) -> list[Tensor]:
+    """Orthogonalises matrices of one shape of which every rank holds some rows: matrix i belongs to rank i mod ranks.
+
+    Args:
+        directions: this rank's rows of each, [m_r, n]; those of the ranks, in their order, make [m, n].
+        rows: m.
+        group: the ranks; all must call this together.
+
+    Returns:
+        This rank's rows of each result.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    each = -(-rows // size)  # as DTensor cuts
+    held = [max(0, min(each, rows - r * each)) for r in range(size)]
+    n, mine = directions[0].shape[1], range(rank, len(directions), size)
+    owned = [len(range(r, len(directions), size)) for r in range(size)]
+    sent = torch.cat([directions[i].flatten() for r in range(size) for i in range(r, len(directions), size)])
+    out_sizes = [held[r] * n * len(mine) for r in range(size)]
+    in_sizes = [held[rank] * n * owned[r] for r in range(size)]
+    got = sent.new_empty(sum(out_sizes))
+    dist.all_to_all_single(got, sent, out_sizes, in_sizes, group=group)
+    parts = [part.view(len(mine), held[r], n) for r, part in enumerate(got.split(out_sizes))]
+    if mine:
+        parts = list(orthogonalize(torch.cat(parts, 1)).split(held, 1))
+    back = torch.empty_like(sent)
+    dist.all_to_all_single(back, torch.cat([part.flatten() for part in parts]), in_sizes, out_sizes, group=group)
+    results = list(back.view(len(directions), held[rank], n))
+    order = [i for r in range(size) for i in range(r, len(directions), size)]
+    return [results[order.index(i)] for i in range(len(directions))]

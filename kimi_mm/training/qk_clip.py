@@ -16,6 +16,7 @@ from torch import nn
 
 from kimi_mm.text.gqa import GQA
 from kimi_mm.text.mla import MLA
+from kimi_mm.training.sharding import scale_rows
 
 
 def attention_layers(model: nn.Module) -> list[MLA | GQA]:
@@ -64,9 +65,9 @@ def _clip_mla(layer: MLA, gamma: torch.Tensor) -> None:
     root = gamma.sqrt()
     queries = layer.q_proj if config.q_lora_rank is None else layer.q_b_proj
     rows = torch.cat([root[:, None].expand(-1, N), gamma[:, None].expand(-1, R)], 1)
-    queries.weight.mul_(rows.reshape(-1, 1))
+    scale_rows(queries.weight, rows.flatten())
     keys = torch.cat([root[:, None].expand(-1, N), torch.ones_like(root)[:, None].expand(-1, config.v_head_dim)], 1)
-    layer.kv_b_proj.weight.mul_(keys.reshape(-1, 1))
+    scale_rows(layer.kv_b_proj.weight, keys.flatten())
 
 
 def _clip_gqa(layer: GQA, gamma: torch.Tensor) -> None:
@@ -76,6 +77,6 @@ def _clip_gqa(layer: GQA, gamma: torch.Tensor) -> None:
     own = gamma / shared.repeat_interleave(config.num_heads // G)
     for projection, factor in ((layer.q_proj, own), (layer.k_proj, shared)):
         rows = factor.repeat_interleave(E)
-        projection.weight.mul_(rows[:, None])
+        scale_rows(projection.weight, rows)
         if projection.bias is not None:
-            projection.bias.mul_(rows)
+            scale_rows(projection.bias, rows)

@@ -16,6 +16,7 @@ from kimi_mm.audio.detokenizer_config import DetokenizerConfig
 from kimi_mm.config import Config, ConfigError, ModelConfig
 from kimi_mm.data.augment import AugmentConfig
 from kimi_mm.training.guard import GuardConfig
+from kimi_mm.training.parallel_config import ParallelConfig
 from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig, VocoderTrainingConfig
 from kimi_mm.training.vision_config import SceneDataConfig
 
@@ -133,6 +134,7 @@ class Recipe(Config):
     label_smoothing: float = 0.05
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     speech: SpeechDataConfig = field(default_factory=SpeechDataConfig)
     text: TextDataConfig = field(default_factory=TextDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -145,6 +147,8 @@ class Recipe(Config):
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ConfigError(f"stage='{self.stage}' must be one of {', '.join(STAGES)}.")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision='{self.precision}' must be fp32 or bf16.")
         if self.cuda_graphs and self.gradient_accumulation > 1:
             raise ConfigError("cuda_graphs: not possible with gradient_accumulation above 1; choose one.")
         if self.weights not in ("fp32", "fp16", "int8"):

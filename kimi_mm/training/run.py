@@ -51,15 +51,17 @@ def train(
         ConfigError, CheckpointError: before any training, when the recipe, its data or its starting weights cannot
             be used.
     """
+    from kimi_mm.training.parallel import from_main, join_processes
     from kimi_mm.training.trainer import Trainer
 
+    join_processes()
     settings, config = load_recipe(recipe, debug=debug, overrides=overrides)
     output = Path(output)
     if debug:
-        settings = _with_debug_data(settings, output / "data")
+        settings = from_main(lambda: _with_debug_data(settings, output / "data"))
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer = _text_tokenizer(settings, config)
+    tokenizer = TextTokenizer.from_json(from_main(lambda: _text_tokenizer(settings, config).to_json()))
     processor = Processor(config.vocab, tokenizer, audio_delay=config.audio_delay)
     model = Model(config)
     if settings.init:
@@ -88,14 +90,16 @@ def train(
     else:
         objective = build_objective(model, settings, teacher)
     trainer = Trainer(settings, objective, speech, text, output, scenes)
-    model.to(trainer.accelerator.device)
+    model.to(trainer.parallel.device)
     if teacher is not None and trainer.step == 0 and isinstance(speech, SpeechLoader):
         _seed_codebook(model, speech)
     numbers = trainer.train(resume=resume)
-    if trainer.accelerator.is_main_process:
-        size = save_checkpoint(output / "model", model.cpu(), tokenizer, weights=settings.weights)
+    trained = trainer.whole_model(model)
+    if trained is not None:
+        size = save_checkpoint(output / "model", trained, tokenizer, weights=settings.weights)
         (output / "summary.json").write_text(json.dumps({"step": trainer.step, **numbers}, indent=1) + "\n")
         log.info("wrote %s (%.1f MiB)", output / "model", size / 2**20)
+    from_main(lambda: None)  # no process leaves while the first still writes
     return numbers
 
 

@@ -49,17 +49,21 @@ def written_aside(run: Path, step: int) -> Iterator[Path]:
     Raises:
         CheckpointError: in the place of whatever error writing ended with.
     """
-    aside = _aside(run, step)
+    aside = aside_of(run, step)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by RuntimeError
         shutil.rmtree(aside, ignore_errors=True)
-        states = list_states(run)
-        whole = f"the last whole one is {states[-1].name}" if states else "there is no earlier one"
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{run}: checkpoint of step {step} could not be written ({first}); {whole}.") from None
+        raise not_written(run, step, str(error).strip().splitlines()[0]) from None
+
+
+def not_written(run: Path, step: int, reason: str) -> CheckpointError:
+    """Returns the error that says what is left."""
+    states = list_states(run)
+    whole = f"the last whole one is {states[-1].name}" if states else "there is no earlier one"
+    return CheckpointError(f"{run}: checkpoint of step {step} could not be written ({reason}); {whole}.")
 
 
 def flush(folder: Path) -> None:
@@ -73,7 +77,7 @@ def name_whole(run: Path, step: int, keep: int) -> Path:
     target = run / f"step-{step:07d}"
     if target.exists():
         _remove(target)
-    os.replace(_aside(run, step), target)
+    os.replace(aside_of(run, step), target)
     _fsync(run)
     for old in list_states(run)[:-keep]:
         _remove(old)
@@ -94,7 +98,8 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _aside(run: Path, step: int) -> Path:
+def aside_of(run: Path, step: int) -> Path:
+    """Returns the folder that the checkpoint of a step is written into before it has its name."""
     return run / f".step-{step:07d}.tmp"
 
 

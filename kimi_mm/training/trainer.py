@@ -1,4 +1,4 @@
-"""The training loop: accelerate for devices and precision, exact resume, TensorBoard, a progress bar.
+"""The training loop: exact resume, any number of processes, TensorBoard, a progress bar.
 
 loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► guard ─► optimiser ─► (expert bias, QK-clip) ─► log / save
 """
@@ -14,24 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextBatch, TextLoader
+from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextLoader
 from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
+from kimi_mm.model import Model
 from kimi_mm.text.attention import PeakLogits
-from kimi_mm.text.backbone import Backbone
 from kimi_mm.text.moe import Router
 from kimi_mm.training import qk_clip
 from kimi_mm.training.guard import Guard
 from kimi_mm.training.muon import Muon, is_hidden_matrix
+from kimi_mm.training.parallel import Parallel, join_processes, own_device
 from kimi_mm.training.recipe import OptimConfig, Recipe
 from kimi_mm.training.schedule import lr_factor, source_of_step
 from kimi_mm.training.state import list_states, load_state, remove_leftovers, save_state
+from kimi_mm.training.state_sharded import SHARDS, group_state, read_any, save_sharded, whole_tensors
 
 log = logging.getLogger(__name__)
 
@@ -39,26 +40,44 @@ log = logging.getLogger(__name__)
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Splits trainable parameters: decay for matrices, none for vectors and decays; encoder and eyes have own rates.
 
-    Groups carry `muon` True for the matrices that muonclip orthogonalises.
+    Groups carry `muon` True for the matrices that muonclip orthogonalises, and a `name` that is the same however the
+    parameters are sharded. torch's AdamW wants sharded and whole parameters apart.
     """
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.dim() < 2 or any(part in name for part in ("A_log", "dt_bias", "query", "embed"))
-            muon = config.optimizer == "muonclip" and not plain and is_hidden_matrix(name, parameter)
-            scale = config.encoder_lr_scale if ".encoder." in name else 1.0
-            scale = config.vision_lr_scale if name.startswith("vision.") else scale
-            groups.setdefault((plain, scale, muon), []).append(parameter)
+            plain, scale, muon = _group_of(name, parameter, config)
+            apart = config.optimizer == "adamw" and isinstance(parameter, DTensor)
+            groups.setdefault((plain, scale, muon, apart), []).append(parameter)
     return [
         {
             "params": parameters,
+            "name": f"{'vectors' if plain else 'muon' if muon else 'matrices'} x{scale:g}",
             "muon": muon,
             "weight_decay": 0.0 if plain else config.weight_decay,
             "lr": config.lr * scale,
             "peak_lr": config.lr * scale,
         }
-        for (plain, scale, muon), parameters in groups.items()
+        for (plain, scale, muon, _), parameters in groups.items()
     ]
+
+
+def parameter_names(module: nn.Module, config: OptimConfig) -> list[str]:
+    """Names of the trained parameters in the order in which the optimiser of a single process numbers them."""
+    groups: dict[tuple[bool, float, bool], list[str]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(_group_of(name, parameter, config), []).append(name)
+    return [name for names in groups.values() for name in names]
+
+
+def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[bool, float, bool]:
+    """Whether a parameter goes without decay, the factor on its rate, and whether Muon updates it."""
+    plain = parameter.dim() < 2 or any(part in name for part in ("A_log", "dt_bias", "query", "embed"))
+    muon = config.optimizer == "muonclip" and not plain and is_hidden_matrix(name, parameter)
+    scale = config.encoder_lr_scale if ".encoder." in name else 1.0
+    scale = config.vision_lr_scale if name.startswith("vision.") else scale
+    return plain, scale, muon
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
@@ -90,14 +109,19 @@ class Trainer:
         scenes: SceneLoader | None = None,
     ) -> None:
         self.recipe, self.run = recipe, run
-        self.accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
-        set_seed(recipe.seed)
-        optimizer = make_optimizer(objective, recipe.optim, fused=self.accelerator.device.type == "cuda")
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        join_processes()
+        device = own_device()
+        random.seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
+        self.names = parameter_names(objective, recipe.optim)
+        self.parallel = Parallel(recipe, objective, device)
+        self.objective = objective
+        self.optimizer = make_optimizer(objective, recipe.optim, fused=device.type == "cuda")
         self.loaders = {"speech": speech, "text": text, "scenes": scenes}
         self.guard = Guard(recipe.guard)
         self.step = 0
-        self.stopped = False
+        self.asked = False  # this process was asked to stop
+        self.stopped = False  # all processes stop after this step
         self.started = 0.0
 
     # ---- the loop ----------------------------------------------------------------------------------------------
@@ -106,17 +130,20 @@ class Trainer:
         """Trains to `recipe.steps`, or until the time limit or SIGTERM; returns the last logged numbers."""
         recipe, self.started = self.recipe, time.monotonic()
         self.run.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.run)
+        if self.parallel.main:
+            remove_leftovers(self.run)
         if resume and (states := list_states(self.run)):
             self._restore(states[-1])
-        sources = {name: Prefetcher(loader) for name, loader in self.loaders.items() if loader is not None}
+        sources = {
+            n: Prefetcher(self.parallel.deal(loader)) for n, loader in self.loaders.items() if loader is not None
+        }
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _in_main_thread() else None
-        writer = _summary_writer(self.run)
+        writer = _summary_writer(self.run) if self.parallel.main else None
         window: list[dict[str, torch.Tensor]] = []
         logged: dict[str, float] = {}
         self.objective.train()
         try:
-            with _progress(recipe, self.accelerator.is_local_main_process) as (bar, task):
+            with _progress(recipe, self.parallel.main) as (bar, task):
                 bar.update(task, completed=self.step)
                 mark, marked = time.monotonic(), self.step
                 while self.step < recipe.steps and not self.stopped:
@@ -124,7 +151,7 @@ class Trainer:
                     self.step += 1
                     bar.update(task, completed=self.step)
                     if self.step % recipe.log_every == 0 or self.step == recipe.steps:
-                        logged = _mean(window)
+                        logged = self._mean(window)
                         if self.guard.skipped:
                             logged["skipped_steps"] = float(self.guard.skipped)
                         logged["seconds_per_step"] = (time.monotonic() - mark) / (self.step - marked)
@@ -133,13 +160,16 @@ class Trainer:
                     if self.step == recipe.stop_after:
                         self.stopped = True
                     if recipe.time_limit_seconds and time.monotonic() - self.started > recipe.time_limit_seconds:
+                        self.asked = True
+                    if self.asked and self.parallel.world == 1:  # several processes agree on it during a step
                         self.stopped = True
                     if self.step % recipe.save_every == 0 or self.stopped or self.step == recipe.steps:
                         self._save(sources, last=self.stopped or self.step == recipe.steps)
         finally:
             for source in sources.values():
                 source.close()
-            writer.close()
+            if writer is not None:
+                writer.close()
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
         return logged
@@ -151,18 +181,18 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
         origin = source_of_step(recipe, self.step)
         parts = []
-        for _ in range(recipe.gradient_accumulation):
+        for number in range(self.parallel.micro_batches):
             batch = self._to_device(sources[origin].next())
-            with self.accelerator.autocast():
-                losses = self._losses(batch)
-            self.accelerator.backward(losses["loss"] / recipe.gradient_accumulation)
+            self.parallel.seed(self.step, number)
+            with self.parallel.accumulating(last=number == self.parallel.micro_batches - 1):
+                with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                    losses = self.parallel.step(batch, self.step >= recipe.augment_from * recipe.steps)
+                (losses["loss"] / self.parallel.micro_batches).backward()
             parts.append({name: value.detach() for name, value in losses.items()})
+        self.parallel.finish_gradients()
         numbers = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        norm = self._clip()
-        numbers["grad_norm"] = norm
-        # The one place of a step that waits for the device.
-        loss, size = torch.stack([numbers["loss"].float(), norm.float()]).tolist()
-        if self.guard.passes(self.step, origin, loss, size):
+        numbers["grad_norm"] = norm = self._clip()
+        if self._agree(origin, numbers["loss"], norm):
             self.optimizer.step()
             numbers |= self._after_update()
         else:
@@ -171,19 +201,26 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return numbers
 
+    def _agree(self, origin: str, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Decides with all processes whether the step is taken, and whether it is the last: one wait for the device."""
+        stop = torch.full((), float(self.asked), device=loss.device)
+        loss, stop = self.parallel.mean(torch.stack([loss.float(), stop]))
+        mean_loss, size, stopped = torch.stack([loss, norm.float(), stop]).tolist()
+        self.stopped = self.stopped or stopped > 0
+        return self.guard.passes(self.step, origin, mean_loss, size)
+
     def _after_update(self) -> dict[str, torch.Tensor]:
         """What follows an optimiser step: experts are balanced, attention logits are clipped."""
-        objective = self.accelerator.unwrap_model(self.objective)
-        backbone = getattr(objective, "backbone", None)
-        if isinstance(backbone, Backbone):
-            backbone.update_expert_bias()
+        if self.parallel.backbone is not None:
+            self.parallel.sum_loads()
+            self.parallel.backbone.update_expert_bias()
         if self.recipe.optim.optimizer == "muonclip":
-            return {"qk_max": qk_clip.apply(objective, self.recipe.optim.qk_clip)}
+            return {"qk_max": qk_clip.apply(self.objective, self.recipe.optim.qk_clip)}
         return {}
 
     def _forget_step(self) -> None:
         """Drops what the layers counted during a step that is not taken."""
-        for module in self.accelerator.unwrap_model(self.objective).modules():
+        for module in self.objective.modules():
             if isinstance(module, Router):
                 module.load.zero_()
             if isinstance(module, PeakLogits):
@@ -191,10 +228,9 @@ class Trainer:
 
     def _clip(self) -> torch.Tensor:
         """Clips gradients, by `clip_groups` where an objective has parts that do not share a loss; returns a norm."""
-        groups = getattr(self.accelerator.unwrap_model(self.objective), "clip_groups", None)
+        groups = getattr(self.objective, "clip_groups", None)
         parts = [self.objective.parameters()] if groups is None else groups()
-        norms = [self.accelerator.clip_grad_norm_(part, self.recipe.optim.grad_clip) for part in parts]
-        return torch.stack([torch.as_tensor(norm).float() for norm in norms]).norm()
+        return torch.stack([self.parallel.clip(part, self.recipe.optim.grad_clip) for part in parts]).norm()
 
     def _progress(self) -> int:
         """Returns the step that the schedule is at; by the clock, where the recipe says so and that is further."""
@@ -203,15 +239,8 @@ class Trainer:
         share = (time.monotonic() - self.started) / self.recipe.time_limit_seconds
         return max(self.step, int(share * self.recipe.steps))
 
-    def _losses(self, batch: Any) -> dict[str, torch.Tensor]:
-        if isinstance(batch, TextBatch) and self.recipe.stage in ("asr", "vision"):
-            return self.accelerator.unwrap_model(self.objective).text_losses(batch)
-        if isinstance(batch, TextBatch):
-            return self.objective(batch)
-        return self.objective(batch, self.step >= self.recipe.augment_from * self.recipe.steps)
-
     def _to_device(self, batch: Any) -> Any:
-        device = self.accelerator.device
+        device = self.parallel.device
         moved = {
             field.name: value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
             for field in dataclasses.fields(batch)
@@ -219,60 +248,74 @@ class Trainer:
         }
         return dataclasses.replace(batch, **moved)
 
+    def whole_model(self, model: Model) -> Model | None:
+        """Returns the trained model, whole and on the CPU, on the main process; None on others. All call this."""
+        if self.parallel.world == 1:
+            return model.cpu()
+        tensors = whole_tensors(model)
+        if not self.parallel.main:
+            return None
+        plain = Model(model.config)
+        plain.load_state_dict(tensors)
+        return plain
+
     # ---- state -------------------------------------------------------------------------------------------------
 
     def _save(self, sources: dict[str, Prefetcher], last: bool) -> None:
         """Writes a checkpoint; if that fails, goes on with the older ones, unless nothing would come after."""
-        if not self.accelerator.is_main_process:
-            return
         extra = {
             "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
             "guard": self.guard.state_dict(),
             "loaders": {name: source.state for name, source in sources.items()},
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "python_rng": list(random.getstate()[1]),
         }
         try:
-            save_state(self.run, self.step, self.accelerator.unwrap_model(self.objective), extra)
+            if self.parallel.world == 1:
+                save_state(self.run, self.step, self.objective, {**extra, "optimizer": self.optimizer.state_dict()})
+            else:
+                extra["groups"] = group_state(self.optimizer)
+                save_sharded(self.run, self.step, self.objective, self.optimizer, extra)
         except CheckpointError as error:
             if last:
                 raise
             log.warning("%s Training goes on.", error)
 
     def _restore(self, path: Path) -> None:
-        extra = load_state(path, self.accelerator.unwrap_model(self.objective))
+        if self.parallel.world == 1 and not (path / SHARDS).is_dir():
+            extra = load_state(path, self.objective)
+            self.optimizer.load_state_dict(extra["optimizer"])
+        else:
+            extra = read_any(path, self.objective, self.optimizer, self.names)
         self.step = extra["step"]
-        self.optimizer.load_state_dict(extra["optimizer"])
         if "guard" in extra:  # checkpoints from before there was one
             self.guard.load_state_dict(extra["guard"])
         for name, state in extra["loaders"].items():
             loader = self.loaders[name]
             if loader is not None:
                 loader.load_state_dict(state)
-        torch.set_rng_state(extra["torch_rng"])
-        if extra["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(extra["cuda_rng"])
         random.setstate((3, tuple(extra["python_rng"]), None))
         log.info("resumed from %s", path)
 
     def _on_sigterm(self, *_: object) -> None:
-        self.stopped = True
+        self.asked = True
+
+    def _mean(self, window: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Means over the steps of a window and over all processes."""
+        names = sorted({name for numbers in window for name in numbers})
+        if not names:
+            return {}
+        means = [torch.stack([n[name].float() for n in window if name in n]).mean() for name in names]
+        device = self.parallel.device
+        means = self.parallel.mean(torch.stack([mean.to(device) for mean in means]))
+        return dict(zip(names, means.tolist(), strict=True))
 
     def _report(self, numbers: dict[str, float], writer: Any, bar: Progress) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, self.step)
-        if self.accelerator.is_local_main_process:
+        if writer is not None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, self.step)
+        if self.parallel.main:
             line = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             bar.console.print(f"step {self.step}/{self.recipe.steps}  {line}", highlight=False, soft_wrap=True)
-
-
-def _mean(window: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    names = {name for numbers in window for name in numbers}
-    return {
-        name: float(torch.stack([n[name].float().cpu() for n in window if name in n]).mean()) for name in sorted(names)
-    }
 
 
 def _summary_writer(run: Path) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from kimi_mm.config import BackboneConfig, GQAConfig, KDAConfig, MLAConfig, MoEConfig, RopeConfig
 from kimi_mm.text.backbone import Backbone
 from kimi_mm.text.context import Context
+from kimi_mm.text.expert_parallel import ExpertPlace
 from kimi_mm.text.moe import MoE
 from kimi_mm.training import qk_clip
 
@@ -71,7 +73,8 @@ def experts(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor) -> tuple
     layer.router.bias.copy_(bias)
     for name, weight in layer.experts.named_parameters():
         setattr(layer.experts, name, torch.nn.Parameter(weight.detach().chunk(size)[rank].clone()))
-    layer.experts.group = dist.group.WORLD
+    mesh = init_device_mesh("cpu", (1, size))
+    layer.experts.place = ExpertPlace(mesh, init_device_mesh("cpu", (size,)))
     mine = x[rank].clone().requires_grad_()
     out = layer(mine[None])[0]
     (out * weights[rank]).sum().backward()

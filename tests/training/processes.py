@@ -27,12 +27,41 @@ def start(worker: Callable[..., Any], *arguments: Any) -> BaseProcess:
     return process
 
 
+def start_together(count: int, worker: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
+    """Starts `count` processes that know each other, each running `worker(*arguments)`."""
+    return [process for process, _ in _start_all(count, worker, arguments)]
+
+
 def together(count: int, worker: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """Runs `worker(*arguments)` in `count` processes that know each other; returns what each gave back, by rank."""
+    started = _start_all(count, worker, arguments)
+    readers = {reader: rank for rank, (_, reader) in enumerate(started)}
+    outcomes: dict[int, Any] = {}
+    limit = time.monotonic() + timeout
+    try:
+        while readers and (ready := connection.wait(list(readers), max(0.0, limit - time.monotonic()))):
+            for reader in ready:
+                rank = readers.pop(reader)
+                try:
+                    error, value = reader.recv()
+                except EOFError:
+                    error, value = "ended without a result", None
+                assert error is None, f"rank {rank}: {error}"
+                outcomes[rank] = value
+        assert not readers, f"ranks {sorted(readers.values())} did not end in {timeout} s"
+    finally:
+        for process, _ in started:
+            if len(outcomes) < count:
+                process.kill()
+            process.join()
+    return [outcomes[rank] for rank in range(count)]
+
+
+def _start_all(count: int, worker: Callable[..., Any], arguments: tuple) -> list[tuple[BaseProcess, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes, readers = [], {}
+    started = []
     for rank in range(count):
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -41,27 +70,8 @@ def together(count: int, worker: Callable[..., Any], *arguments: Any, timeout: f
         process = _CONTEXT.Process(target=_run, args=(worker, arguments, environment, writer), daemon=True)
         process.start()
         writer.close()
-        processes.append(process)
-        readers[reader] = rank
-    outcomes: dict[int, Any] = {}
-    limit = time.monotonic() + timeout
-    try:
-        while readers and (ready := connection.wait(list(readers), max(0.0, limit - time.monotonic()))):
-            for reader in ready:
-                rank = readers.pop(reader)  # type: ignore[call-overload]
-                try:
-                    error, value = reader.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    error, value = "ended without a result", None
-                assert error is None, f"rank {rank}: {error}"
-                outcomes[rank] = value
-        assert not readers, f"ranks {sorted(readers.values())} did not end in {timeout} s"
-    finally:
-        for process in processes:
-            if len(outcomes) < count:
-                process.kill()
-            process.join()
-    return [outcomes[rank] for rank in range(count)]
+        started.append((process, reader))
+    return started
 
 
 def _run(worker: Callable[..., Any], arguments: tuple, environment: dict[str, str], answer: Any) -> None:
