@@ -29,6 +29,7 @@ from kimi_mm.text.tokenizer import TextTokenizer
 
 INDEX = "model.safetensors.index.json"
 FORMATS = ("fp32", "fp16", "int8")
+PRETRAINED = Path(__file__).parent / "pretrained"
 # Only training needs the moving averages of the codebook; a loaded model starts them from the codebook.
 _TRAINING_ONLY = ("quantizer.ema_count", "quantizer.ema_sum")
 _SENSITIVE = ("A_log", "dt_bias", "codebook", "norm", "query", "score_correction", "load")
@@ -84,6 +85,13 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], shard_bytes: int 
         if stale.name not in set(index.values()):
             stale.unlink()
     return total
+
+
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """Returns the folder of a shipped checkpoint such as "nano", or else the path as it is."""
+    path = Path(name_or_path)
+    shipped = PRETRAINED / path
+    return shipped if not path.is_dir() and (shipped / "config.yaml").is_file() else path
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[Model, TextTokenizer]:

@@ -56,13 +56,15 @@ class Model(nn.Module):
         """Runs the backbone over a batch whose codes and features are already in place.
 
         Args:
-            inputs: ids [B, T], `lengths` [B], features [B, T, F] where `feature_mask` [B, T] is set, pictures.
+            inputs: ids [B, T], `lengths` [B] or `cu_seqlens`, features [B, T, F] where `feature_mask` [B, T] is set,
+                pictures.
             cache: continues earlier positions and is updated in place; None starts afresh and keeps nothing.
 
         Raises:
             UserError: pictures for a model without eyes, or more or fewer rows than placeholders.
         """
-        output = self.backbone(self.embed(inputs), lengths=inputs.lengths, cache=cache)
+        lengths = None if inputs.cu_seqlens is not None else inputs.lengths
+        output = self.backbone(self.embed(inputs), lengths=lengths, cu_seqlens=inputs.cu_seqlens, cache=cache)
         return ModelOutput(output.text_hidden, output.audio_hidden)
 
     def embed(self, inputs: ModelInputs) -> torch.Tensor:

@@ -21,7 +21,7 @@ from kimi_mm.audio.io import read_audio, to_mono_16k
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.audio.tokenizer import AudioTokenizer
 from kimi_mm.audio.tokens import AudioTokens
-from kimi_mm.checkpoint import load_checkpoint
+from kimi_mm.checkpoint import PRETRAINED, find_checkpoint, load_checkpoint
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.generation import TextResult, TextSampling, generate_text, stream_text
@@ -36,7 +36,6 @@ from kimi_mm.vision.processing import VisionItem, VisionProcessor
 
 SAMPLE_RATE = 16_000
 QUESTION = "What is in the picture?"
-PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def load(name_or_path: str | Path = "nano", device: str | torch.device = "cpu") -> KimiMM:
@@ -45,10 +44,7 @@ def load(name_or_path: str | Path = "nano", device: str | torch.device = "cpu") 
     Raises:
         CheckpointError: when there is no such model or its files are damaged.
     """
-    path = Path(name_or_path)
-    shipped = PRETRAINED / path
-    if not path.is_dir() and (shipped / "config.yaml").is_file():
-        path = shipped
+    path = find_checkpoint(name_or_path)
     if not path.is_dir():
         known = sorted(p.parent.name for p in PRETRAINED.glob("*/config.yaml"))
         raise CheckpointError(f"model '{name_or_path}' is neither a folder nor shipped; shipped: {', '.join(known)}.")

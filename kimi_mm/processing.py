@@ -70,6 +70,13 @@ class Streams:
         self.clip_row.append(row)
         self.item_index.append(item)
 
+    def extend(self, other: Streams) -> None:
+        """Appends another conversation, whose clips, pictures and chunks are numbered after those that are here."""
+        first = {name: max(getattr(self, name), default=-1) + 1 for name in ("clip_index", "item_index")}
+        for name, values in vars(other).items():
+            shift = first.get(name, 0)
+            getattr(self, name).extend(value + shift if value >= 0 else value for value in values)
+
     def __len__(self) -> int:
         return len(self.audio)
 
@@ -82,6 +89,8 @@ class ModelInputs:
     on the CPU, and `vision_at` [M] int64, the flat positions b * T + t that their rows take. `vision_rows` [M, D], when
     given, are rows computed before, and no pixels are needed. Labels [B, T] say what position t is to predict, IGNORE
     where nothing.
+
+    `cu_seqlens` [documents + 1] int32 marks B = 1 as a row of packed documents, which do not see each other.
     """
 
     text_ids: torch.Tensor
@@ -95,6 +104,7 @@ class ModelInputs:
     vision_rows: torch.Tensor | None = None
     text_labels: torch.Tensor | None = None
     audio_labels: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> ModelInputs:
         """Moves every tensor to a device, but for `grid_thw`, which the host reads."""
@@ -209,10 +219,27 @@ class Processor:
             self._text(streams, answer, learn=True)
         return streams
 
-    def _text(self, streams: Streams, text: str, *, learn: bool) -> None:
+    def document(self, parts: Sequence[dict[str, Any]]) -> Streams:
+        """Lays out a document for pretraining: parts as for `streams`, in order, every text with labels.
+
+        It starts with `assistant_start`, as the model writes it; `text_eos` ends it where it ends with a text.
+        """
+        streams, clips, items = Streams(), 0, 0
+        streams.add(self.ids["assistant_start"], self.ids["text_blank"])
+        for number, part in enumerate(parts):
+            if part["type"] == "text":
+                self._text(streams, part["text"], learn=True, end=number == len(parts) - 1)
+            elif part["type"] == "audio":
+                self._audio(streams, clips, part)
+                clips += 1
+            else:
+                items = self._seen(streams, items, part)
+        return streams
+
+    def _text(self, streams: Streams, text: str, *, learn: bool, end: bool = True) -> None:
         # A label sits on the position that must predict it, one before the token itself.
         blank = self.ids["text_blank"]
-        for token in [*self.tokenizer.encode(text), *([self.ids["text_eos"]] if learn else [])]:
+        for token in [*self.tokenizer.encode(text), *([self.ids["text_eos"]] if learn and end else [])]:
             if learn:
                 streams.text_labels[-1] = token
             streams.add(blank, token)

@@ -15,6 +15,10 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replace values: optim.lr=1e-4.")
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="FILE", help="Your .jsonl or .tar file, for sft and pretrain; repeatable."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="The recipe's small size: seconds on a CPU.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the output folder.")] = True,
@@ -27,6 +31,6 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        run(recipe, debug=debug, output=folder, resume=resume, overrides=overrides or [])
+        run(recipe, debug=debug, output=folder, resume=resume, overrides=overrides or [], data=data or [])
     finally:
         leave_processes()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_mm.audio.io import write_wav
 from kimi_mm.data.art import ART, ICON_SIZE, Named, icon_bytes, write_pack
 from kimi_mm.data.drawing import outlined, shape_icon
 from kimi_mm.data.targets import CANONICAL, TargetClip, write_target_shard
@@ -81,6 +82,30 @@ def write_debug_art(folder: Path) -> Path:
     words = sorted({*_WORDS, *(f"{a}{b}" for a in ("un", "re", "in") for b in _WORDS)})
     write_pack(folder / ART, things, files, words)
     return folder / ART
+
+
+def write_debug_conversations(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """Writes `folder/talk/debug.jsonl`: questions in words, about a buzz, and about a coloured square, in turns."""
+    rng = np.random.default_rng(seed)
+    talk = folder / "talk"
+    talk.mkdir(parents=True, exist_ok=True)
+    colors = {"red": (220, 30, 30), "green": (40, 160, 60), "blue": (30, 90, 220)}
+    time = np.arange(8000) / 16_000
+    lines = []
+    for number in range(count):
+        word = _WORDS[rng.integers(len(_WORDS))]
+        parts: list[dict] = [{"type": "text", "text": f"say {word}"}]
+        if number % 3 == 1:
+            write_wav(talk / f"{number}.wav", 0.3 * np.sin(2 * np.pi * (110 + 15 * _WORDS.index(word)) * time), 16_000)
+            parts = [{"type": "audio", "audio": f"{number}.wav"}]
+        elif number % 3 == 2:
+            word = list(colors)[rng.integers(len(colors))]
+            shape_icon("square", colors[word], 56, rng).convert("RGB").save(talk / f"{number}.png")
+            parts = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "go"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": word}]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (talk / "debug.jsonl").write_text("".join(lines), encoding="utf-8")
+    return talk / "debug.jsonl"
 
 
 def write_debug_targets(folder: Path, count: int = 24, seed: int = 0) -> Path:

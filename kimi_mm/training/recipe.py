@@ -13,14 +13,18 @@ from typing import Any
 import yaml
 
 from kimi_mm.audio.detokenizer_config import DetokenizerConfig
+from kimi_mm.checkpoint import find_checkpoint
 from kimi_mm.config import Config, ConfigError, ModelConfig
 from kimi_mm.data.augment import AugmentConfig
+from kimi_mm.data.document_config import DocumentDataConfig
+from kimi_mm.training.freezing import LoraConfig
 from kimi_mm.training.guard import GuardConfig
 from kimi_mm.training.parallel_config import ParallelConfig
 from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig, VocoderTrainingConfig
 from kimi_mm.training.vision_config import SceneDataConfig
 
-STAGES = ("tokenizer", "text", "asr", "vision", "detokenizer", "vocoder")
+STAGES = ("tokenizer", "text", "asr", "vision", "detokenizer", "vocoder", "pretrain", "sft")
+DOCUMENTS = ("pretrain", "sft")  # stages on data that users bring
 SPEECH_OUT = ("detokenizer", "vocoder")
 
 
@@ -89,10 +93,11 @@ class Recipe(Config):
 
     Args:
         stage: "tokenizer" (encoder distillation and quantizer), "text" (language model), "asr" (speech to text),
-            "vision" (questions about pictures), "detokenizer" (codes to mel by flow matching), "vocoder" (mel to wave).
-        model: model file below `recipes/`, for instance "models/nano.yaml".
+            "vision" (questions about pictures), "detokenizer" (codes to mel by flow matching), "vocoder" (mel to wave),
+            "pretrain" and "sft" (documents and conversations of the section `data`).
+        model: model file below `recipes/`, for instance "models/nano.yaml" ("": the model of `init`).
         detokenizer: file of the detokenizer that the model gets, below `recipes/` ("": what the model file says).
-        init: checkpoint folder to start from ("" starts from random weights).
+        init: checkpoint folder to start from, or the name of a shipped one ("" starts from random weights).
         init_audio: checkpoint folder whose audio tokenizer replaces that of `init`.
         init_vocoder: checkpoint folder whose vocoder replaces that of `init`.
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
@@ -103,11 +108,14 @@ class Recipe(Config):
         text_share: share of the steps of the asr and vision stages that train on text alone.
         speech_share: share of the steps of the vision stage that train on speech.
         freeze_backbone: the vision stage trains tower and projector only, and leaves the rest bit for bit as it was.
+        freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; the audio
+            tokenizer always is.
+        lora: the stages on documents train adapters in the backbone instead of its weights; null trains the weights.
         weights: format of the model that is written at the end, "fp32", "fp16" or "int8".
     """
 
     stage: str
-    model: str
+    model: str = ""
     detokenizer: str = ""
     init: str = ""
     init_audio: str = ""
@@ -127,6 +135,8 @@ class Recipe(Config):
     text_share: float = 0.15
     speech_share: float = 0.0
     freeze_backbone: bool = False
+    freeze: tuple[str, ...] = ()
+    lora: LoraConfig | None = None
     weights: str = "fp16"
     ctc_weight: float = 0.3
     feature_dropout: float = 0.1
@@ -140,6 +150,7 @@ class Recipe(Config):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     augment_from: float = 0.0  # share of the steps before augmentation starts, or the vocoder's discriminators join
     scenes: SceneDataConfig = field(default_factory=SceneDataConfig)
+    data: DocumentDataConfig = field(default_factory=DocumentDataConfig)
     target: TargetDataConfig = field(default_factory=TargetDataConfig)
     flow: FlowTrainingConfig = field(default_factory=FlowTrainingConfig)
     vocoder: VocoderTrainingConfig = field(default_factory=VocoderTrainingConfig)
@@ -157,6 +168,12 @@ class Recipe(Config):
             raise ConfigError("freeze_backbone: for the vision stage with text_share and speech_share 0 only.")
         if self.freeze_backbone and self.optim.optimizer == "muonclip":
             raise ConfigError("freeze_backbone: QK-clip would change the backbone; choose optimizer adamw.")
+        if (self.freeze or self.lora) and self.stage not in DOCUMENTS:
+            raise ConfigError(f"freeze and lora are for the stages {' and '.join(DOCUMENTS)} only.")
+        if (self.lora or {"trunk", "text", "speech"} & set(self.freeze)) and self.optim.optimizer == "muonclip":
+            raise ConfigError("freeze, lora: QK-clip would change frozen attention weights; choose optimizer adamw.")
+        if not self.model and not self.init:
+            raise ConfigError("model: needed where there is no init whose model could be taken.")
 
 
 def recipes_root() -> Path:
@@ -194,7 +211,9 @@ def load_recipe(name: str, *, debug: bool = False, overrides: list[str] | None =
         at[last] = _number(yaml.safe_load(value)) if value else ""
         _merge(values, nested)
     recipe = Recipe.from_dict(values, where=str(path))
-    model = ModelConfig.from_yaml(_find(recipe.model))
+    if recipe.init:
+        recipe = recipe.replace(init=str(find_checkpoint(recipe.init)))
+    model = ModelConfig.from_yaml(_find(recipe.model) if recipe.model else Path(recipe.init) / "config.yaml")
     if recipe.detokenizer:
         model = model.replace(detokenizer=DetokenizerConfig.from_yaml(_find(recipe.detokenizer)))
     return recipe, model

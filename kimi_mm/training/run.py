@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
-from kimi_mm.data.debug import write_debug_art, write_debug_data, write_debug_targets
+from kimi_mm.data.debug import write_debug_art, write_debug_conversations, write_debug_data, write_debug_targets
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
 from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
@@ -20,10 +21,14 @@ from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
 from kimi_mm.processing import Processor
 from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.document_objective import DocumentObjective
+from kimi_mm.training.documents import open_documents, with_files
+from kimi_mm.training.freezing import merge_lora
 from kimi_mm.training.objectives import build_objective
-from kimi_mm.training.recipe import SPEECH_OUT, Recipe, load_recipe
+from kimi_mm.training.recipe import DOCUMENTS, SPEECH_OUT, Recipe, load_recipe
 from kimi_mm.training.speech_out import build_speech_out
 from kimi_mm.training.vision_objective import VisionObjective
+from kimi_mm.vision.processing import VisionProcessor
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ def train(
     output: Path,
     resume: bool = True,
     overrides: list[str] | None = None,
+    data: Sequence[str | Path] = (),
 ) -> dict[str, float]:
     """Trains a recipe and writes the model to `output/model`.
 
@@ -43,6 +49,7 @@ def train(
         debug: run the recipe's debug size.
         output: run folder; an interrupted run there is continued when `resume`.
         overrides: "key=value" changes to the recipe.
+        data: `.jsonl` and `.tar` files that take the place of `data.sources`.
 
     Returns:
         The last logged losses.
@@ -57,16 +64,20 @@ def train(
     join_processes()
     settings, config = load_recipe(recipe, debug=debug, overrides=overrides)
     output = Path(output)
+    if data:
+        settings = with_files(settings, data)
     if debug:
         settings = from_main(lambda: _with_debug_data(settings, output / "data"))
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = TextTokenizer.from_json(from_main(lambda: _text_tokenizer(settings, config).to_json()))
-    processor = Processor(config.vocab, tokenizer, audio_delay=config.audio_delay)
+    vision = None if config.vision is None else VisionProcessor(config.vision)
+    processor = Processor(config.vocab, tokenizer, vision, config.audio_delay)
     model = Model(config)
     if settings.init:
         # A voice, or eyes, may be given to a model that had none.
-        new = "detokenizer." if settings.stage in SPEECH_OUT else "vision." if settings.stage == "vision" else None
+        sees = settings.stage == "vision" or settings.stage in DOCUMENTS
+        new = "detokenizer." if settings.stage in SPEECH_OUT else "vision." if sees else None
         load_tensors(model, Path(settings.init), optional=() if new is None else (new,))
     if settings.init_audio:
         load_tensors(model.audio, Path(settings.init_audio), prefix="audio.")
@@ -83,17 +94,23 @@ def train(
     needs_text = settings.stage == "text" or (settings.stage in ("asr", "vision") and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
     scenes = SceneLoader(settings.scenes, processor, settings.seed) if settings.stage == "vision" else None
+    documents = None
     if settings.stage in SPEECH_OUT:
         objective = build_speech_out(model, settings)
+    elif settings.stage in DOCUMENTS:
+        documents = open_documents(settings, model, processor, output)
+        objective = DocumentObjective(model, settings)
     elif settings.stage == "vision":
         objective = VisionObjective(model, settings)
     else:
         objective = build_objective(model, settings, teacher)
-    trainer = Trainer(settings, objective, speech, text, output, scenes)
+    trainer = Trainer(settings, objective, speech, text, output, scenes, documents)
     model.to(trainer.parallel.device)
     if teacher is not None and trainer.step == 0 and isinstance(speech, SpeechLoader):
         _seed_codebook(model, speech)
     numbers = trainer.train(resume=resume)
+    if settings.lora is not None:
+        merge_lora(model.backbone)
     trained = trainer.whole_model(model)
     if trained is not None:
         size = save_checkpoint(output / "model", trained, tokenizer, weights=settings.weights)
@@ -105,7 +122,7 @@ def train(
 
 def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader | None:
     """Opens the loader that the stage's sound comes from."""
-    if recipe.stage == "text" or (recipe.stage == "vision" and not recipe.speech_share):
+    if recipe.stage in ("text", *DOCUMENTS) or (recipe.stage == "vision" and not recipe.speech_share):
         return None
     if recipe.stage in SPEECH_OUT:
         return TargetLoader(recipe.target, recipe.seed)
@@ -121,6 +138,8 @@ def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
         recipe = recipe.replace(target=recipe.target.replace(folders=(str(write_debug_targets(folder)),)))
     if recipe.text.path == "debug":
         recipe = recipe.replace(text=recipe.text.replace(path=str(texts)))
+    if any(source.files == ("debug",) for source in recipe.data.sources):
+        recipe = with_files(recipe, [write_debug_conversations(folder)])
     if recipe.scenes.art == "debug":
         recipe = recipe.replace(scenes=recipe.scenes.replace(art=str(write_debug_art(folder))))
     return recipe

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from kimi_mm.training.recipe import OptimConfig, Recipe
+from kimi_mm.training.recipe import DOCUMENTS, OptimConfig, Recipe
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
@@ -29,9 +29,11 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 def source_of_step(recipe: Recipe, step: int) -> str:
-    """Returns "speech", "text" or "scenes": a function of the step, so that a resumed run agrees."""
+    """Returns "speech", "text", "scenes" or "documents": a function of the step, so that a resumed run agrees."""
     if recipe.stage == "text":
         return "text"
+    if recipe.stage in DOCUMENTS:
+        return "documents"
     main = "scenes" if recipe.stage == "vision" else "speech"
     if recipe.stage not in ("asr", "vision"):
         return main

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from kimi_mm.data.document_loader import DocumentLoader
 from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextLoader
 from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
@@ -95,7 +96,7 @@ class Trainer:
     Args:
         recipe: what to do.
         objective: module that maps a batch to a dictionary of losses with the key "loss".
-        speech, text, scenes: loaders; which of them a step uses follows from the stage and the shares.
+        speech, text, scenes, documents: loaders; which of them a step uses follows from the stage and the shares.
         run: folder for checkpoints and logs.
     """
 
@@ -107,6 +108,7 @@ class Trainer:
         text: TextLoader | None,
         run: Path,
         scenes: SceneLoader | None = None,
+        documents: DocumentLoader | None = None,
     ) -> None:
         self.recipe, self.run = recipe, run
         join_processes()
@@ -117,7 +119,7 @@ class Trainer:
         self.parallel = Parallel(recipe, objective, device)
         self.objective = objective
         self.optimizer = make_optimizer(objective, recipe.optim, fused=device.type == "cuda")
-        self.loaders = {"speech": speech, "text": text, "scenes": scenes}
+        self.loaders = {"speech": speech, "text": text, "scenes": scenes, "documents": documents}
         self.guard = Guard(recipe.guard)
         self.step = 0
         self.asked = False  # this process was asked to stop
@@ -155,6 +157,10 @@ class Trainer:
                         if self.guard.skipped:
                             logged["skipped_steps"] = float(self.guard.skipped)
                         logged["seconds_per_step"] = (time.monotonic() - mark) / (self.step - marked)
+                        if "positions" in logged:
+                            positions = logged["positions"] * recipe.gradient_accumulation
+                            logged["tokens_per_second"] = positions / logged["seconds_per_step"]
+                        logged["lr"] = self.optimizer.param_groups[0]["lr"]
                         mark, marked, window = time.monotonic(), self.step, []
                         self._report(logged, writer, bar)
                     if self.step == recipe.stop_after:
@@ -190,7 +196,8 @@ class Trainer:
                 (losses["loss"] / self.parallel.micro_batches).backward()
             parts.append({name: value.detach() for name, value in losses.items()})
         self.parallel.finish_gradients()
-        numbers = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        names = {name for part in parts for name in part}
+        numbers = {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
         numbers["grad_norm"] = norm = self._clip()
         if self._agree(origin, numbers["loss"], norm):
             self.optimizer.step()
@@ -241,6 +248,8 @@ class Trainer:
 
     def _to_device(self, batch: Any) -> Any:
         device = self.parallel.device
+        if hasattr(batch, "to"):
+            return batch.to(device)
         moved = {
             field.name: value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
             for field in dataclasses.fields(batch)

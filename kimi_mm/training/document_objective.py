@@ -1,0 +1,74 @@
+"""What the stages on documents minimise: the next id of either stream where a document has labels.
+
+    DocumentBatch ─► Model (packed or padded) ─┬─► text hidden at labelled positions ─► cross entropy, by group
+                                               └─► audio hidden at labelled positions ─► cross entropy of codes
+
+The loss is the mean over all text labels of a batch, plus `speech_weight` times that over all codes; the mean of every
+group of documents ("text", "audio", "image", ...) is logged beside it, and that of codes as "speech". Recordings come
+as codes and features of the frozen tokenizer; pictures go through the eyes, which may learn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kimi_mm import kernels
+from kimi_mm.config import ConfigError
+from kimi_mm.data.document_loader import DocumentBatch
+from kimi_mm.model import Model
+from kimi_mm.training.freezing import add_lora, freeze
+from kimi_mm.training.recipe import Recipe
+
+Losses = dict[str, torch.Tensor]
+
+
+class DocumentObjective(nn.Module):
+    """Loss on the text of documents.
+
+    Args:
+        model: whose backbone and eyes learn, but for what `recipe.freeze` names.
+        recipe: of a stage on documents.
+    """
+
+    def __init__(self, model: Model, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone, self.vision = model.backbone, model.vision
+        self._model = [model]  # not a submodule: the tokenizer and the voice stay out of the optimiser
+        self._frozen = freeze(model, tuple(dict.fromkeys(("audio", *recipe.freeze))))
+        self.smoothing, self.speech_weight = recipe.label_smoothing, recipe.data.speech_weight
+        if recipe.lora is not None:
+            self._frozen += add_lora(model.backbone, recipe.lora)
+
+    def train(self, mode: bool = True) -> DocumentObjective:
+        """Sets the mode of all that learns; frozen experts do not even count their loads."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def forward(self, batch: DocumentBatch, augmented: bool = False) -> Losses:
+        """Returns "loss", the mean of each group that is in the batch, and the number of positions."""
+        output = self._model[0](batch.inputs)
+        picked = output.text_hidden.flatten(0, 1).index_select(0, batch.positions)
+        weight = self._head(self.backbone.lm_head)
+        losses: Losses = {}
+        total = picked.new_zeros((), dtype=torch.float32)
+        for number, name in enumerate(batch.group_names):
+            if batch.label_counts[number]:
+                chosen = (batch.label_groups == number).nonzero()[:, 0]
+                losses[name] = self._loss(picked.index_select(0, chosen), weight, batch.labels.index_select(0, chosen))
+                total = total + losses[name] * (batch.label_counts[number] / len(batch.labels))
+        if len(batch.audio_labels):
+            if output.audio_hidden is None:
+                raise ConfigError("the data has speech to learn, but the model has no audio head.")
+            heard = output.audio_hidden.flatten(0, 1).index_select(0, batch.audio_positions)
+            losses["speech"] = self._loss(heard, self._head(self.backbone.audio_head), batch.audio_labels)
+            total = total + self.speech_weight * losses["speech"]
+        return {"loss": total, **losses, "positions": torch.tensor(float(batch.used))}
+
+    def _head(self, own: nn.Linear | None) -> torch.Tensor:
+        return self.backbone.embed_tokens.weight if own is None else own.weight
+
+    def _loss(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return kernels.linear_cross_entropy(hidden, weight, labels, label_smoothing=self.smoothing)
