@@ -1,11 +1,12 @@
 """Searches better block sizes for one operation: every number of its tables is halved, doubled or moved, one by one.
 
-Where a module has ENGINES and CHOICES, who multiplies is tried as well.
+Tiles and warps are also doubled or halved together: a wider tile alone may spill where more warps would hold it. Where a module has ENGINES and CHOICES, who multiplies is tried as well.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,33 +41,33 @@ def sweep(case: Case, timer: Timer, ceilings: Ceilings, seconds: float) -> None:
     print(f"tables in use: {', '.join(path for path, *_ in leaves) or 'none'}")
     changed: dict[str, Leaf] = {}
     for path, leaf, choices in leaves:
-        for key in list(leaf):
-            for candidate in _neighbours(key, leaf[key], choices):
-                if time.monotonic() - start > seconds:
-                    print(f"stopped after {seconds:.0f} s")
-                    _summary(changed, best)
-                    return
-                best = _try(path, leaf, key, candidate, best, measure, changed)
+        for move in _moves(leaf, choices):
+            if time.monotonic() - start > seconds:
+                print(f"stopped after {seconds:.0f} s")
+                _summary(changed, best)
+                return
+            best = _try(path, leaf, move, best, measure, changed)
     _summary(changed, best)
 
 
 def _try(
-    path: str, leaf: Leaf, key: str, candidate: Any, best: float, measure: Callable[[], float], changed: dict[str, Leaf]
+    path: str, leaf: Leaf, move: Leaf, best: float, measure: Callable[[], float], changed: dict[str, Leaf]
 ) -> float:
-    kept = leaf[key]
-    leaf[key] = candidate
+    kept = dict(leaf)
+    leaf.update(move)
+    said = f"    {path} " + ", ".join(f"{key} {kept[key]} -> {value}" for key, value in move.items())
     try:
         taken = measure()
     except Exception as error:  # too much shared memory, or sizes that a kernel cannot take
         lines = str(error).strip().splitlines()
-        print(f"    {path} {key} {kept} -> {candidate}: {type(error).__name__} {lines[0][:80] if lines else ''}")
-        leaf[key] = kept
+        print(f"{said}: {type(error).__name__} {lines[0][:80] if lines else ''}")
+        leaf.update(kept)
         return best
-    print(f"    {path} {key} {kept} -> {candidate}: {taken:.4f} ms{' kept' if taken < GAIN * best else ''}")
+    print(f"{said}: {taken:.4f} ms{' kept' if taken < GAIN * best else ''}")
     if taken < GAIN * best:
         changed[path] = leaf
         return taken
-    leaf[key] = kept
+    leaf.update(kept)
     return best
 
 
@@ -114,6 +115,22 @@ def _matters(leaf: Leaf, call: Callable[[], object]) -> bool:
     finally:
         leaf.update(kept)
     return False
+
+
+def _moves(leaf: Leaf, choices: Leaf) -> Iterator[Leaf]:
+    """Changes to try, each from what the entry holds by then: one key, then tiles together with warps."""
+    for key in list(leaf):
+        for candidate in _neighbours(key, leaf[key], choices):
+            yield {key: candidate}
+    tiles = [key for key, value in leaf.items() if type(value) is int and not key.startswith("num_")]
+    if "num_warps" not in leaf:
+        return
+    for count in range(1, min(len(tiles), 3) + 1):
+        for together in itertools.combinations(tiles, count):
+            for factor in (2.0, 0.5):
+                move = {key: int(leaf[key] * factor) for key in (*together, "num_warps")}
+                if min(move.values()) >= 1 and move["num_warps"] <= 16:
+                    yield move
 
 
 def _neighbours(key: str, value: Any, choices: Leaf) -> list[Any]:
