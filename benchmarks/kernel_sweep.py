@@ -1,6 +1,7 @@
 """Searches better block sizes for one operation: every number of its tables is halved, doubled or moved, one by one.
 
-Tiles and warps are also doubled or halved together: a wider tile alone may spill where more warps would hold it. Where a module has ENGINES and CHOICES, who multiplies is tried as well.
+Tiles and warps are also doubled or halved together: a wider tile alone may spill where more warps would hold it. Where
+a module has ENGINES and CHOICES, who multiplies is tried as well.
 """
 
 from __future__ import annotations
