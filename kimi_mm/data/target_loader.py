@@ -49,20 +49,50 @@ class TargetUtterance:
     start: int
     samples: int
     speaker: str
+    text: str = ""
 
 
-class TargetLoader(_Place):
-    """Endless iterator of `TargetBatch`; `state_dict` and `load_state_dict` restore its place."""
+class TargetShards:
+    """Memory-mapped target shards of one or more folders."""
 
-    def __init__(self, config: TargetDataConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, folders: tuple[str, ...], weights: tuple[float, ...] = ()) -> None:
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.utterances: list[TargetUtterance] = []
         self.repeats: list[float] = []
-        for number, folder in enumerate(config.folders):
-            self._open(Path(folder), config.weights[number] if number < len(config.weights) else 1.0)
+        for number, folder in enumerate(folders):
+            self._open(Path(folder), weights[number] if number < len(weights) else 1.0)
         if not self.utterances:
             raise CheckpointError("target.folders: no folder with targets is given; prepare them first.")
+
+    def wave(self, item: TargetUtterance) -> np.ndarray:
+        """Returns the target [samples] int16 at 24 kHz."""
+        return self.arrays[item.shard][0][item.start : item.start + item.samples]
+
+    def _open(self, folder: Path, weight: float) -> None:
+        found = sorted(folder.glob(f"{TARGETS.name}-*.jsonl"))
+        if not found:
+            raise CheckpointError(f"{folder}: holds no target shards (target-*.jsonl); run kimi-mm prepare targets.")
+        for index in found:
+            try:
+                pair = [np.load(index.with_suffix(end), mmap_mode="r") for end in (".npy", ".heard.npy")]
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{index.with_suffix('.npy')}: cannot be read ({error}).") from None
+            self.arrays.append((pair[0], pair[1]))
+            for row in read_rows(index, KEYS):
+                if row["start"] + row["samples"] > len(pair[0]) or 3 * len(pair[1]) != 2 * len(pair[0]):
+                    raise CheckpointError(f"{index}: does not fit its arrays; delete the shard and prepare it again.")
+                speaker = row["voice"].partition(":")[0]
+                item = TargetUtterance(len(self.arrays) - 1, row["start"], row["samples"], speaker, row["text"])
+                self.utterances.append(item)
+                self.repeats.append(weight)
+
+
+class TargetLoader(TargetShards, _Place):
+    """Endless iterator of `TargetBatch`; `state_dict` and `load_state_dict` restore its place."""
+
+    def __init__(self, config: TargetDataConfig, seed: int) -> None:
+        super().__init__(config.folders, config.weights)
+        self.config, self.seed = config, seed
         self.row = config.row_codes * SAMPLES_PER_CODE
 
     def __iter__(self) -> Iterator[TargetBatch]:
@@ -80,24 +110,6 @@ class TargetLoader(_Place):
                 self.cursor += 1
                 yield batch
             self.epoch, self.cursor = self.epoch + 1, 0
-
-    def _open(self, folder: Path, weight: float) -> None:
-        found = sorted(folder.glob(f"{TARGETS.name}-*.jsonl"))
-        if not found:
-            raise CheckpointError(f"{folder}: holds no target shards (target-*.jsonl); run kimi-mm prepare targets.")
-        for index in found:
-            try:
-                pair = [np.load(index.with_suffix(end), mmap_mode="r") for end in (".npy", ".heard.npy")]
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{index.with_suffix('.npy')}: cannot be read ({error}).") from None
-            self.arrays.append((pair[0], pair[1]))
-            for row in read_rows(index, KEYS):
-                if row["start"] + row["samples"] > len(pair[0]) or 3 * len(pair[1]) != 2 * len(pair[0]):
-                    raise CheckpointError(f"{index}: does not fit its arrays; delete the shard and prepare it again.")
-                speaker = row["voice"].partition(":")[0]
-                item = TargetUtterance(len(self.arrays) - 1, row["start"], row["samples"], speaker)
-                self.utterances.append(item)
-                self.repeats.append(weight)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Returns the epoch's rows, each a list of utterance numbers, in order of use."""

@@ -33,7 +33,7 @@ def generate(kind: str, count: int, seed: int = 0) -> list[str]:
         seed: of the draws; the same seed gives the same list.
     """
     patterns = _lines(PHRASES / f"{kind}.txt")
-    slots = _slots()
+    slots = read_slots()
     rng = random.Random(f"{kind}-{seed}")
     made: dict[str, None] = {}
     for attempt in range(4 * count):
@@ -121,7 +121,8 @@ GENERATORS: dict[str, Callable[[random.Random], str]] = {
 }
 
 
-def _slots() -> dict[str, list[str]]:
+def read_slots() -> dict[str, list[str]]:
+    """Returns the lists of `phrases/slots.txt` by name."""
     slots = {}
     for line in _lines(PHRASES / "slots.txt"):
         name, _, words = line.partition(":")

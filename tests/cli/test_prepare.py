@@ -39,9 +39,10 @@ def test_speech_makes_the_text_it_needs_first(kimi, tmp_path, calls):
 def test_all(kimi, tmp_path, calls):
     assert kimi("prepare", "all", "--data", tmp_path).code == 0
     human = tmp_path / "human"
-    steps = ["text", "human", "shards", "encoder", "unlabelled", "eval", "speech", "targets", "art", "scenes"]
+    steps = ["text", "human", "shards", "encoder", "unlabelled", "eval", "speech"]
+    steps += ["targets", "dialogs", "art", "scenes"]
     assert [call[0] for call in calls] == steps
-    assert calls[-3] == ("targets", tmp_path / "targets", tmp_path / "texts.jsonl.gz")
+    assert calls[-4] == ("targets", tmp_path / "targets", tmp_path / "texts.jsonl.gz")
     assert calls[2] == ("shards", human / "adapt", human / "adapt-shards")
 
 
