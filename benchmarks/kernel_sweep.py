@@ -123,7 +123,7 @@ def _moves(leaf: Leaf, choices: Leaf) -> Iterator[Leaf]:
     for key in list(leaf):
         for candidate in _neighbours(key, leaf[key], choices):
             yield {key: candidate}
-    tiles = [key for key, value in leaf.items() if type(value) is int and not key.startswith("num_")]
+    tiles = [key for key, value in leaf.items() if type(value) is int and not key.startswith(("num_", "maxnreg"))]
     if "num_warps" not in leaf:
         return
     for count in range(1, min(len(tiles), 3) + 1):
@@ -139,6 +139,8 @@ def _neighbours(key: str, value: Any, choices: Leaf) -> list[Any]:
         return [choice for choice in choices.get(key, ()) if choice != value]
     if isinstance(value, bool):
         return [not value]
+    if key == "maxnreg":
+        return [most for most in (0, 96, 128, 168) if most != value]
     if key == "num_stages":
         return [stages for stages in (value - 1, value + 1, value + 2) if 1 <= stages <= 6]
     if key == "num_warps":

@@ -1,7 +1,8 @@
 """Sizes of the chunk kernels of KDA: rows of a chunk, tiles, warps, pipeline stages. A benchmark may write into them.
 
     ROWS     device class -> operand bits -> padded K -> rows of a chunk, without and with a backward to come
-    KERNELS  kernel -> operand bits -> padded K -> rows -> KT key and BV value channels of a tile, warps, stages
+    KERNELS  kernel -> operand bits -> padded K -> rows -> KT key and BV value channels of a tile, warps, stages, and
+             the most registers of a thread (0: the compiler's choice; fewer let more programs share a processor)
     CONFIGS  both
 
 A `scan` has one program per tile of BV value channels, head and sequence, which walks the chunks one after another:
@@ -49,24 +50,24 @@ KERNELS: dict[str, dict[int, dict[int, dict[int, Leaf]]]] = {
     "inside": {
         HALF: {
             64: {
-                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1},
-                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1},
-                64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1, "maxnreg": 0},
+                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1, "maxnreg": 0},
+                64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1, "maxnreg": 0},
             },
             128: {
-                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1},
-                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1},
-                64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1, "maxnreg": 0},
+                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1, "maxnreg": 0},
+                64: {"KT": 64, "BV": 64, "num_warps": 8, "num_stages": 1, "maxnreg": 0},
             },
             256: {
-                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1},
-                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1},
+                16: {"KT": 64, "BV": 64, "num_warps": 1, "num_stages": 1, "maxnreg": 0},
+                32: {"KT": 64, "BV": 64, "num_warps": 2, "num_stages": 1, "maxnreg": 0},
             },
         },
         SINGLE: {
-            64: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}},
-            128: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}},
-            256: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}},
+            64: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0}},
+            128: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0}},
+            256: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0}},
         },
     },
     "scan": {
@@ -118,24 +119,24 @@ KERNELS: dict[str, dict[int, dict[int, dict[int, Leaf]]]] = {
     "gradients": {
         HALF: {
             64: {
-                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
-                32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-                64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
+                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1, "maxnreg": 0},
+                32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0},
+                64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 0},
             },
             128: {
-                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
-                32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-                64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
+                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1, "maxnreg": 0},
+                32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0},
+                64: {"KT": 32, "BV": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 0},
             },
             256: {
-                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
-                32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+                16: {"KT": 32, "BV": 32, "num_warps": 2, "num_stages": 1, "maxnreg": 0},
+                32: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0},
             },
         },
         SINGLE: {
-            64: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}},
-            128: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}},
-            256: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}},
+            64: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0}},
+            128: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0}},
+            256: {16: {"KT": 32, "BV": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 0}},
         },
     },
 }
@@ -162,6 +163,8 @@ def tiles(kernel: str, bits: int, BK: int, VP: int, rows: int) -> Leaf:
     """Launch options of a kernel, its tiles cut to the channels there are."""
     table = KERNELS[kernel][bits][max(64, BK)]
     chosen = dict(table.get(rows) or table[max(table)])
+    if not chosen.get("maxnreg", 1):
+        del chosen["maxnreg"]
     chosen["BV"] = min(chosen["BV"], VP)
     if "KT" in chosen:
         chosen["KT"] = min(chosen["KT"], BK)
