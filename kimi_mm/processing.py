@@ -220,18 +220,30 @@ class Processor:
         return streams
 
     def document(self, parts: Sequence[dict[str, Any]]) -> Streams:
-        """Lays out a document for pretraining: parts as for `streams`, in order, every text with labels.
+        """Lays out a document for pretraining.
 
-        It starts with `assistant_start`, as the model writes it; `text_eos` ends it where it ends with a text.
+        Args:
+            parts: as for `streams`, in order. A key `learn` says whether a text (by default) or the codes of a
+                recording (not by default) carry labels; of the latter collate wants clips without features.
+                {"type": "spoken", "text": str, "num_codes": int} is text and speech side by side, as in a reply.
+
+        Returns:
+            Streams that start with `assistant_start`, as the model writes them; `text_eos` ends them where they end
+            with a text.
         """
         streams, clips, items = Streams(), 0, 0
         streams.add(self.ids["assistant_start"], self.ids["text_blank"])
         for number, part in enumerate(parts):
             if part["type"] == "text":
-                self._text(streams, part["text"], learn=True, end=number == len(parts) - 1)
+                self._text(streams, part["text"], learn=part.get("learn", True), end=number == len(parts) - 1)
             elif part["type"] == "audio":
                 self._audio(streams, clips, part)
+                if part.get("learn"):
+                    streams.audio_labels[-2] = self.ids["media_end"]
                 clips += 1
+            elif part["type"] == "spoken":
+                said = {"type": "text", "text": part["text"]}
+                clips += self._spoken(streams, clips, [said, {"type": "audio", "num_codes": part["num_codes"]}], "part")
             else:
                 items = self._seen(streams, items, part)
         return streams

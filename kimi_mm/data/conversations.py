@@ -4,6 +4,7 @@
                   {"role": "assistant", "content": "..."}]}
     {"conversation": [{"role": "user", "message_type": "audio", "content": "a.wav"}, ...]}      as Kimi-Audio has it
     {"text": "...", "image": "a.png"}    {"parts": [{"type": "text", "text": "..."}, ...]}      documents
+    {"segments": [{"audio": "a.wav", "text": "..."}, ...]}                                      speech cut in segments
 
 Parts are OpenAI's ("text", "image_url", "input_audio") or plain ("image", "audio", "video"). A medium is a path, which
 the file's folder must hold, or a `data:` URL; addresses are never fetched.
@@ -57,6 +58,20 @@ def parse_document(row: Row) -> list[Part]:
     if not plain:
         raise RowError("no 'parts', 'text', 'audio', 'image' or 'video'", "give at least one of these keys")
     return [_part(part, f"'{part['type']}'", row) for part in plain]
+
+
+def parse_segments(row: Row) -> list[tuple[Part, Part]]:
+    """Reads a row's "segments", each a recording and its transcript. RowError names the first thing that is wrong."""
+    segments = row.value().get("segments")
+    if not isinstance(segments, list) or len(segments) < 2:
+        raise RowError("no list 'segments' of two or more", 'give [{"audio": ..., "text": ...}, ...]')
+    found = []
+    for number, segment in enumerate(segments):
+        if not isinstance(segment, dict) or not {"audio", "text"} <= set(segment):
+            raise RowError(f"segment {number} is not an object with 'audio' and 'text'", "give both")
+        parts = [_part({"type": kind, kind: segment[kind]}, f"segment {number}", row) for kind in ("audio", "text")]
+        found.append((parts[0], parts[1]))
+    return found
 
 
 def kinds_of(parts: list[Part]) -> set[str]:

@@ -108,6 +108,28 @@ def write_debug_conversations(folder: Path, count: int = 12, seed: int = 0) -> P
     return talk / "debug.jsonl"
 
 
+def write_debug_documents(folder: Path) -> dict[str, Path]:
+    """Writes `folder/talk/*.jsonl` for every layout of documents; returns them by layout."""
+    talk = write_debug_conversations(folder).parent
+    sounds, pictures = (sorted(path.name for path in talk.glob(f"*.{suffix}")) for suffix in ("wav", "png"))
+    spoken = [{"audio": name, "text": _WORDS[i]} for i, name in enumerate(sounds)]
+    seen = [{"image": name, "text": "a square"} for name in pictures]
+    parts = [{"type": "text", "text": "here"}, {"type": "image", "image": pictures[0]}, {"type": "text", "text": "up"}]
+    segments = [{"segments": spoken[i : i + 3]} for i in range(len(spoken) - 2)]
+    rows = {
+        "document": [{"text": "one two three"}, {"parts": parts}],
+        "audio": [{"audio": name} for name in sounds],
+        "audio_to_text": spoken,
+        "text_to_audio": spoken,
+        "image_to_text": seen,
+        **dict.fromkeys(("interleaved_codes", "interleaved_text", "interleaved_both"), segments),
+    }
+    for layout, values in rows.items():
+        text = "".join(json.dumps(value) + "\n" for value in values)
+        (talk / f"{layout}.jsonl").write_text(text, encoding="utf-8")
+    return {"conversation": talk / "debug.jsonl", **{layout: talk / f"{layout}.jsonl" for layout in rows}}
+
+
 def write_debug_targets(folder: Path, count: int = 24, seed: int = 0) -> Path:
     """Writes `folder/targets`, one shard of buzzes in two voices, heard in a third one; returns its path."""
     rng = np.random.default_rng(seed)

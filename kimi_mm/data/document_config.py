@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from kimi_mm.config_base import Config, ConfigError, choice
 
-LAYOUTS = ("conversation", "document", "audio_to_text", "image_to_text")
+PAIRS = ("audio_to_text", "image_to_text", "video_to_text")
+INTERLEAVED = ("interleaved_codes", "interleaved_text", "interleaved_both")
+LAYOUTS = ("conversation", "document", *PAIRS, "audio", "text_to_audio", *INTERLEAVED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +18,10 @@ class DataSourceConfig(Config):
     Args:
         files: `.jsonl` files and WebDataset `.tar` files.
         layout: "conversation" (messages, loss on what the assistant says), "document" (text alone, or interleaved with
-            recordings, pictures and clips; loss on all text), "audio_to_text" and "image_to_text" (one medium as the
-            user's, and its transcript or caption as the answer).
+            recordings, pictures and clips; loss on all text), "audio_to_text", "image_to_text" and "video_to_text" (one
+            medium as the user's, and its transcript or caption as the answer), "audio" (loss on its codes),
+            "text_to_audio" (loss on the codes); and with rows of segments, every first one heard and every second one
+            learnt as codes ("interleaved_codes"), text ("interleaved_text") or both ("interleaved_both").
         weight: share of the positions of all batches, in any unit.
         name: by which losses are logged; "": the media that a document holds.
     """

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
-from kimi_mm.data.debug import write_debug_art, write_debug_conversations, write_debug_data, write_debug_targets
+from kimi_mm.data.debug import write_debug_art, write_debug_data, write_debug_documents, write_debug_targets
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
 from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
@@ -75,10 +75,10 @@ def train(
     processor = Processor(config.vocab, tokenizer, vision, config.audio_delay)
     model = Model(config)
     if settings.init:
-        # A voice, or eyes, may be given to a model that had none.
-        sees = settings.stage == "vision" or settings.stage in DOCUMENTS
-        new = "detokenizer." if settings.stage in SPEECH_OUT else "vision." if sees else None
-        load_tensors(model, Path(settings.init), optional=() if new is None else (new,))
+        # A voice, eyes, or a branch that speaks, may be given to a model that had none.
+        new = {"vision": ("vision.",), **dict.fromkeys(SPEECH_OUT, ("detokenizer.",))}
+        new |= dict.fromkeys(DOCUMENTS, ("vision.", "detokenizer.", "backbone.audio.", "backbone.audio_head."))
+        load_tensors(model, Path(settings.init), optional=new.get(settings.stage, ()))
     if settings.init_audio:
         load_tensors(model.audio, Path(settings.init_audio), prefix="audio.")
     if settings.init_vocoder and model.detokenizer is not None:
@@ -139,7 +139,12 @@ def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.text.path == "debug":
         recipe = recipe.replace(text=recipe.text.replace(path=str(texts)))
     if any(source.files == ("debug",) for source in recipe.data.sources):
-        recipe = with_files(recipe, [write_debug_conversations(folder)])
+        made = write_debug_documents(folder)
+        sources = [
+            source.replace(files=(str(made[source.layout]),)) if source.files == ("debug",) else source
+            for source in recipe.data.sources
+        ]
+        recipe = recipe.replace(data=recipe.data.replace(sources=tuple(sources)))
     if recipe.scenes.art == "debug":
         recipe = recipe.replace(scenes=recipe.scenes.replace(art=str(write_debug_art(folder))))
     return recipe
