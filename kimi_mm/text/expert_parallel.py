@@ -28,11 +28,13 @@ class ExpertPlace:
 
     Args:
         mesh: [copies, expert] ranks; a row of it shares all experts.
-        flat: the same ranks in the order of their experts, for stacks that FSDP cuts again.
+        flat: [replicas, shards * expert] the same ranks in the order of their experts, for stacks that FSDP cuts again.
+        shards: into how many parts FSDP cuts what a rank of the row would hold.
     """
 
     mesh: DeviceMesh
     flat: DeviceMesh
+    shards: int = 1
 
     @property
     def ranks(self) -> int:

@@ -13,6 +13,7 @@ A step does not depend on how it is spread: micro-batches, their random draws an
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -38,7 +39,7 @@ from kimi_mm.training.recipe import Recipe
 from kimi_mm.training.sharding import expert_places, local
 
 # Stages whose objectives keep nothing that differs between processes; the quantizer of the others follows its batches.
-SPREADABLE = ("text", "asr", "vision", "detokenizer")
+SPREADABLE = ("text", "asr", "vision", "detokenizer", "pretrain", "sft")
 
 
 def join_processes() -> None:
@@ -178,18 +179,25 @@ class Parallel:
         return context
 
     def _spread_experts(self) -> None:
-        shape = (self.world // self.config.expert, self.config.expert)
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("copy", "expert"))
-        flat = DeviceMesh(self.device.type, mesh.mesh.t().flatten())
-        place, number = ExpertPlace(mesh, flat), mesh.get_local_rank("expert")
+        assert self.backbone is not None
+        assert self.backbone.config.moe is not None
+        copies, shards = self.world // self.config.expert, 1
+        if self.config.data == "fsdp":  # stacks are cut between experts only, so their number bounds the shards
+            shards = math.gcd(copies, self.backbone.config.moe.num_experts // self.config.expert)
+        names = ("replica", "shard", "expert")
+        mesh = init_device_mesh(self.device.type, (copies // shards, shards, self.config.expert), mesh_dim_names=names)
+        flat = DeviceMesh(self.device.type, mesh.mesh.transpose(1, 2).flatten(1))
+        whole = DeviceMesh(self.device.type, mesh.mesh.flatten(0, 1))
+        place, number = ExpertPlace(whole, flat, shards), mesh.get_local_rank("expert")
+        cut = mesh["shard"] if shards == copies else mesh["replica", "shard"]
         for module in self.objective.modules():
             if isinstance(module, Experts):
                 for name, weight in list(module.named_parameters()):
                     part = weight.detach().chunk(self.config.expert)[number].clone()
                     setattr(module, name, nn.Parameter(part, requires_grad=weight.requires_grad))
                 module.place = place
-                if self.config.data == "fsdp" and place.copies > 1:
-                    fully_shard(module, mesh=mesh["copy"], mp_policy=self._precision())
+                if shards > 1:
+                    fully_shard(module, mesh=cut, mp_policy=self._precision())
 
     def _prepare_layers(self) -> None:
         for module in self.objective.modules():
@@ -238,7 +246,7 @@ class Parallel:
             assert dist.group.WORLD is not None
             found.append((whole, dist.group.WORLD))
         if place is not None and place.copies > 1:
-            found.append((experts, place.mesh.get_group("copy")))
+            found.append((experts, place.mesh.get_group(0)))
         return found
 
     # ---- what a step needs -------------------------------------------------------------------------------------
@@ -298,10 +306,10 @@ class Parallel:
 
     def _copies(self, parameter: nn.Parameter) -> int:
         """How many ranks hold the same numbers of a parameter."""
-        if isinstance(parameter, DTensor):
-            return 1
         place = self._place_of.get(id(parameter))
-        return self.world if place is None else place.copies
+        if place is not None:
+            return place.copies // place.shards if isinstance(parameter, DTensor) else place.copies
+        return 1 if isinstance(parameter, DTensor) else self.world
 
     def sum_loads(self) -> None:
         """Adds up the picks that the routers of all ranks counted."""
@@ -315,12 +323,20 @@ class Parallel:
                 router.load.copy_(load)
 
     def mean(self, numbers: Tensor) -> Tensor:
-        """Averages numbers [n] over the ranks."""
+        """Averages numbers of any shape over the ranks."""
         if self.world > 1:
             numbers = numbers.clone()
             dist.all_reduce(numbers)
             numbers /= self.world
         return numbers
+
+    def union(self, names: set[str]) -> list[str]:
+        """Returns, sorted, the names that any rank has."""
+        if self.world > 1:
+            everywhere: list[set[str]] = [set()] * self.world
+            dist.all_gather_object(everywhere, names)
+            names = set().union(*everywhere)
+        return sorted(names)
 
 
 def _stays_whole(name: str, parameter: nn.Parameter) -> bool:

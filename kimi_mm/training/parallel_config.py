@@ -50,6 +50,5 @@ class ParallelConfig(Config):
         if self.expert > 1:
             if num_experts is None:
                 raise ConfigError(f"parallel.expert={self.expert}: the model has no experts.")
-            shards = world if self.data == "fsdp" else self.expert
-            if num_experts % shards:
-                raise ConfigError(f"parallel.expert={self.expert}: {num_experts} experts cannot be cut in {shards}.")
+            if num_experts % self.expert:
+                raise ConfigError(f"parallel.expert={self.expert} does not divide the {num_experts} experts.")

@@ -39,12 +39,12 @@ def as_global(tensor: Tensor, place: ExpertPlace | None) -> Tensor:
         return tensor
     own = local(tensor)
     if isinstance(tensor, DTensor):
-        mesh, placements, whole = place.flat, [Shard(0)], len(own) * place.ranks * place.copies
+        mesh, experts = place.flat, len(own) * place.ranks * place.shards
     else:
-        mesh, placements, whole = place.mesh, [Replicate(), Shard(0)], len(own) * place.ranks
-    shape = torch.Size((whole, *own.shape[1:]))
+        mesh, experts = place.mesh, len(own) * place.ranks
+    shape = torch.Size((experts, *own.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(own, mesh, [Replicate(), Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def whole(tensor: Tensor, place: ExpertPlace | None = None) -> Tensor:

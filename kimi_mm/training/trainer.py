@@ -309,14 +309,16 @@ class Trainer:
         self.asked = True
 
     def _mean(self, window: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Means over the steps of a window and over all processes."""
-        names = sorted({name for numbers in window for name in numbers})
+        """Means over the steps of a window and over all processes, of which some may lack a number."""
+        names = self.parallel.union({name for numbers in window for name in numbers})
         if not names:
             return {}
-        means = [torch.stack([n[name].float() for n in window if name in n]).mean() for name in names]
-        device = self.parallel.device
-        means = self.parallel.mean(torch.stack([mean.to(device) for mean in means]))
-        return dict(zip(names, means.tolist(), strict=True))
+        found = {name: [n[name].float().to(self.parallel.device) for n in window if name in n] for name in names}
+        sums = [torch.stack(found[name]).sum() if found[name] else torch.zeros(()) for name in names]
+        counts = [float(len(found[name])) for name in names]
+        both = torch.stack([torch.stack([x.to(self.parallel.device) for x in sums]), torch.tensor(counts).to(sums[0])])
+        both = self.parallel.mean(both)
+        return dict(zip(names, (both[0] / both[1]).tolist(), strict=True))
 
     def _report(self, numbers: dict[str, float], writer: Any, bar: Progress) -> None:
         if writer is not None:

@@ -74,7 +74,7 @@ def experts(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor) -> tuple
     for name, weight in layer.experts.named_parameters():
         setattr(layer.experts, name, torch.nn.Parameter(weight.detach().chunk(size)[rank].clone()))
     mesh = init_device_mesh("cpu", (1, size))
-    layer.experts.place = ExpertPlace(mesh, init_device_mesh("cpu", (size,)))
+    layer.experts.place = ExpertPlace(mesh, mesh)
     mine = x[rank].clone().requires_grad_()
     out = layer(mine[None])[0]
     (out * weights[rank]).sum().backward()

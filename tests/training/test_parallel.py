@@ -64,9 +64,9 @@ def last_model(run) -> dict[str, torch.Tensor]:
     ("optimizer", "worlds"),
     [
         ("muonclip", [(4, "{data: fsdp, expert: 2}"), (2, "{data: fsdp}"), (1, "{}")]),
-        ("adamw", [(1, "{}"), (4, "{data: fsdp, expert: 2, context: 2}"), (2, "{data: ddp, expert: 2}")]),
+        ("adamw", [(1, "{}"), (8, "{data: fsdp, expert: 2, context: 2}"), (2, "{data: ddp, expert: 2}")]),
     ],
-    ids=["4, 2, 1", "1, 4, 2"],
+    ids=["4, 2, 1", "1, 8, 2"],
 )
 def test_goes_on_with_another_number_of_processes(optimizer, worlds, alone, tmp_path):
     """Steps 1 and 2 on some processes, 3 on others, 4 on others again: the losses, and the model, of one process."""
