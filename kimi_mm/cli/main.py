@@ -16,6 +16,7 @@ from kimi_mm.cli.describe import describe as describe_pictures
 from kimi_mm.cli.errors import UsageError, complain, debugging, describe
 from kimi_mm.cli.evaluate import app as eval_app
 from kimi_mm.cli.info import info
+from kimi_mm.cli.plan import plan
 from kimi_mm.cli.prepare import prepare
 from kimi_mm.cli.resynth import resynth
 from kimi_mm.cli.say import say
@@ -39,6 +40,7 @@ app.command(cls=TurnsInOrder)(chat)
 app.command()(demo)
 app.command()(info)
 app.add_typer(eval_app, name="eval")
+app.command()(plan)
 app.command()(prepare)
 app.command("check-data")(check_data)
 app.command()(train)

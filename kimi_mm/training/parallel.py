@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -267,12 +267,13 @@ class Parallel:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch; gradients travel after the last one only."""
+        """Around forward and backward of a micro-batch: under DDP gradients travel after the last one only.
+
+        FSDP2 sends them after each, for it would keep whole ones until then.
+        """
         outer: AbstractContextManager = contextlib.nullcontext()
         if isinstance(self.step, DistributedDataParallel) and not last:
             outer = self.step.no_sync()
-        if isinstance(self.step, FSDPModule):
-            self.step.set_requires_gradient_sync(last)
         with outer:
             yield
 
