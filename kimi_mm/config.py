@@ -91,17 +91,22 @@ class QuantizerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AudioTokenizerConfig(Config):
-    """12.5 Hz tokenizer: `pooling` consecutive 50 Hz encoder frames make one code and one feature row."""
+    """12.5 Hz tokenizer: `pooling` consecutive 50 Hz encoder frames make one code and one feature row.
+
+    With a `feature_encoder` the features come from an encoder of their own, which hears each segment padded to its
+    full length (Kimi-Audio's fine-tuned Whisper); without one, codes and features share `encoder`.
+    """
 
     mel: MelConfig = field(default_factory=MelConfig)
     encoder: AudioEncoderConfig = field(default_factory=AudioEncoderConfig)
+    feature_encoder: AudioEncoderConfig | None = None
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     pooling: int = 4
 
     @property
     def feature_size(self) -> int:
         """Width of one continuous feature row: `pooling` encoder frames side by side."""
-        return self.pooling * self.encoder.hidden_size
+        return self.pooling * (self.feature_encoder or self.encoder).hidden_size
 
     @property
     def samples_per_code(self) -> int:
@@ -109,12 +114,16 @@ class AudioTokenizerConfig(Config):
         return self.mel.hop_length * 2 * self.pooling
 
     def __post_init__(self) -> None:
-        block = self.encoder.block_size
-        if block is not None and (block % self.pooling or self.encoder.max_positions % block):
+        block, segment = self.encoder.block_size, self.encoder.max_positions
+        # Only a stream needs whole blocks; the published tokenizer ends its 30 s in half a block.
+        whole = self.mel.dynamic_range != "running" or self.feature_encoder is not None
+        if block is not None and (block % self.pooling or (segment % block and not whole)):
             raise ConfigError(
                 f"encoder.block_size={block} must be a multiple of pooling={self.pooling} "
-                f"and divide encoder.max_positions={self.encoder.max_positions}."
+                f"and divide encoder.max_positions={segment}."
             )
+        if self.feature_encoder is not None and self.feature_encoder.max_positions != self.encoder.max_positions:
+            raise ConfigError("feature_encoder.max_positions must equal encoder.max_positions.")
 
 
 # ---- vision in ------------------------------------------------------------------------------------------------------
@@ -322,7 +331,11 @@ class BackboneConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class VocabConfig(Config):
-    """Layout of the joint vocabulary: text BPE ids, then special ids, then audio codes at `audio_offset`."""
+    """Layout of the joint vocabulary: text BPE ids, then special ids, then audio codes at `audio_offset`.
+
+    A published vocabulary says where its specials are (`special_ids`, ids by the names of `SPECIALS`; those it lacks
+    are left out) and where its audio codes start.
+    """
 
     SPECIALS: ClassVar[tuple[str, ...]] = (
         "pad",
@@ -345,14 +358,30 @@ class VocabConfig(Config):
 
     num_text_tokens: int = 4080  # BPE ids 0 .. num_text_tokens - 1; specials follow
     num_audio_codes: int = 4096
+    special_ids: dict[str, int] | None = None  # None: all of `SPECIALS` in order, right behind the text
+    audio_start: int | None = None  # id of code 0; None: right behind the specials
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """Ids of the special tokens that this vocabulary has, by name."""
+        if self.special_ids is not None:
+            return dict(self.special_ids)
+        return {name: self.num_text_tokens + index for index, name in enumerate(self.SPECIALS)}
 
     def special(self, name: str) -> int:
-        """Returns the id of a special token; KeyError names are the ones in `SPECIALS`."""
-        return self.num_text_tokens + self.SPECIALS.index(name)
+        """Returns the id of a special token.
+
+        Raises:
+            ConfigError: when this vocabulary has no such token.
+        """
+        ids = self.specials
+        if name not in ids:
+            raise ConfigError(f"this model's vocabulary has no token '{name}'; it has {', '.join(ids)}.")
+        return ids[name]
 
     @property
     def audio_offset(self) -> int:
-        return self.num_text_tokens + len(self.SPECIALS)
+        return self.num_text_tokens + len(self.SPECIALS) if self.audio_start is None else self.audio_start
 
     @property
     def size(self) -> int:
@@ -361,9 +390,13 @@ class VocabConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """A whole model. `audio_delay` is the number of steps by which the audio stream trails the text stream."""
+    """A whole model. `audio_delay` is the number of steps by which the audio stream trails the text stream.
+
+    A model that does not hear (`hears=False`: Kimi-Linear, K2) has no audio stream either; `audio` means nothing then.
+    """
 
     name: str = "unnamed"
+    hears: bool = True
     audio: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
     vision: VisionConfig | None = None  # None: no eyes
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -374,7 +407,7 @@ class ModelConfig(Config):
     def __post_init__(self) -> None:
         if self.backbone.vocab_size != self.vocab.size:
             raise ConfigError(f"backbone.vocab_size={self.backbone.vocab_size} differs from vocab's {self.vocab.size}.")
-        if self.vocab.num_audio_codes != self.audio.quantizer.codebook_size:
+        if self.hears and self.vocab.num_audio_codes != self.audio.quantizer.codebook_size:
             raise ConfigError(
                 f"vocab.num_audio_codes={self.vocab.num_audio_codes} differs from "
                 f"audio.quantizer.codebook_size={self.audio.quantizer.codebook_size}."

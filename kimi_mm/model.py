@@ -40,6 +40,8 @@ class ModelOutput:
 class Model(nn.Module):
     """Audio tokenizer, eyes and backbone behind one forward; `vision` and `detokenizer` (voice) may be None.
 
+    A model that does not hear has no `audio`, and reads the text stream alone.
+
     Args:
         config: sizes of all parts; `config.backbone.vocab_size` covers text, special ids and audio codes.
     """
@@ -47,7 +49,8 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.audio = AudioTokenizer(config.audio)
+        if config.hears:
+            self.audio = AudioTokenizer(config.audio)
         self.backbone = Backbone(config.backbone)
         self.vision = None if config.vision is None else VisionEncoder(config.vision)
         self.detokenizer = None if config.detokenizer is None else Detokenizer(config.detokenizer)
@@ -69,7 +72,8 @@ class Model(nn.Module):
 
     def embed(self, inputs: ModelInputs) -> torch.Tensor:
         """Returns what the backbone reads, [B, T, D]: ids, features, and the rows of pictures in their places."""
-        x = self.backbone.embed(inputs.text_ids, inputs.audio_ids, inputs.features, inputs.feature_mask)
+        audio_ids = inputs.audio_ids if self.config.hears else None
+        x = self.backbone.embed(inputs.text_ids, audio_ids, inputs.features, inputs.feature_mask)
         if inputs.vision_at is None:
             return x
         rows = self.see(inputs) if inputs.vision_rows is None else inputs.vision_rows
@@ -87,6 +91,6 @@ class Model(nn.Module):
 
     def step(self, text_ids: torch.Tensor, audio_ids: torch.Tensor, cache: BackboneCache) -> ModelOutput:
         """Decodes one position: ids [B] of both streams to hidden states [B, 1, D]."""
-        x = self.backbone.embed(text_ids[:, None], audio_ids[:, None], None, None)
+        x = self.backbone.embed(text_ids[:, None], audio_ids[:, None] if self.config.hears else None)
         output = self.backbone(x, cache=cache)
         return ModelOutput(output.text_hidden, output.audio_hidden)

@@ -141,7 +141,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.vision = vision
         self.audio_delay = audio_delay
-        self.ids = {name: vocab.special(name) for name in VocabConfig.SPECIALS}
+        self.ids = vocab.specials
 
     # ---- layout ------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from kimi_mm.config import AudioEncoderConfig
 
+_LOG = torch.log(torch.tensor(1e4, device="cpu")).item()  # in fp32, as Whisper has it
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # two [B, H, P, K]
 
 
@@ -97,11 +98,11 @@ class AudioEncoder(nn.Module):
         size = config.hidden_size
         self.conv1 = nn.Conv1d(num_mel_bins, size, 3)
         self.conv2 = nn.Conv1d(size, size, 3, stride=2)
-        table = sinusoids(config.max_positions, size)
         if config.learned_positions:
-            self.positions = nn.Parameter(table)
+            self.positions = nn.Parameter(sinusoids(config.max_positions, size))
         else:
-            self.register_buffer("positions", table, persistent=False)
+            with torch.device("cpu"):  # constants are real even in a model laid out on the meta device
+                self.register_buffer("positions", sinusoids(config.max_positions, size), persistent=False)
         self.layers = nn.ModuleList(
             EncoderLayer(size, config.num_heads, config.intermediate_size) for _ in range(config.num_layers)
         )
@@ -195,6 +196,6 @@ def attention_mask(
 def sinusoids(length: int, channels: int) -> torch.Tensor:
     """Returns Whisper's positions [length, channels]: sines, then cosines, of wavelengths 2 pi to 20000 pi."""
     half = channels // 2
-    rates = torch.exp(torch.arange(half, dtype=torch.float64) * -(torch.log(torch.tensor(1e4)).item() / (half - 1)))
+    rates = torch.exp(torch.arange(half, dtype=torch.float64) * -(_LOG / (half - 1)))
     angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1).float()

@@ -34,8 +34,9 @@ class LogMel(nn.Module):
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
-        self.register_buffer("filters", mel_filters(config), persistent=False)
+        with torch.device("cpu"):  # constants are real even in a model laid out on the meta device
+            self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
+            self.register_buffer("filters", mel_filters(config), persistent=False)
 
     def forward(self, wave: torch.Tensor, block: int | None = None, dynamic_range: str | None = None) -> torch.Tensor:
         """Maps waves [B, S] in [-1, 1] to features [B, S // 160, M].

@@ -77,7 +77,8 @@ class VectorQuantizer(nn.Module):
                 f"quantizer.codebook_dim={quantizer.codebook_dim} must equal encoder.hidden_size="
                 f"{config.encoder.hidden_size} when hidden_layers is 0."
             )
-        self.register_buffer("positions", sinusoids(self.max_positions, size), persistent=False)
+        with torch.device("cpu"):  # constants are real even in a model laid out on the meta device
+            self.register_buffer("positions", sinusoids(self.max_positions, size), persistent=False)
         codebook = torch.randn(quantizer.codebook_size, quantizer.codebook_dim) / math.sqrt(quantizer.codebook_dim)
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_count", torch.ones(quantizer.codebook_size))

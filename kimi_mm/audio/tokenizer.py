@@ -1,6 +1,7 @@
 """The 12.5 Hz audio tokenizer: any recording to codes and continuous features, whole or as a stream.
 
     wave ─► mono 16 kHz ─► log-mel ─► encoder (50 Hz) ─► 4 frames side by side ─► features [N, F] ─► codes [N]
+                                 └─► feature encoder, if there is one, over 30 s ─► features [N, F]
 
 N = ceil(S / 1280): the recording is padded with zeros to a multiple of 1280 samples. At another rate S is
 ceil(samples * 16000 / rate). `encode` runs the very stream that `stream` hands out, block by block, so codes do not
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kimi_mm.audio.encoder import AudioEncoder
@@ -37,6 +39,9 @@ class AudioTokenizer(nn.Module):
         self.config = config
         self.mel = LogMel(config.mel)
         self.encoder = AudioEncoder(config.encoder, config.mel.num_mel_bins)
+        self.feature_encoder = None
+        if config.feature_encoder is not None:
+            self.feature_encoder = AudioEncoder(config.feature_encoder, config.mel.num_mel_bins)
         self.quantizer = VectorQuantizer(config)
 
     # ---- recordings --------------------------------------------------------------------------------------------
@@ -60,13 +65,26 @@ class AudioTokenizer(nn.Module):
         if self.streams:
             stream = self.stream()
             return join([*(stream.push(segment) for segment in segments), stream.flush()])
-        pieces = []
-        for segment in segments:
-            padded = np.pad(segment, (0, -len(segment) % self.config.samples_per_code))
-            features = self.features_from_wave(torch.from_numpy(padded)[None].to(self.device))
-            codes = self.quantizer.nearest(self.quantizer.project(features).float())
-            pieces.append(AudioTokens(codes[0], features[0].float()))
-        return join(pieces)
+        # As published: the segments of a recording are padded to the longest of them, and attention hides the padding.
+        code = self.config.samples_per_code
+        length = -(-len(segments[0]) // code) * code
+        return join([self._encode_segment(segment, length) for segment in segments])
+
+    def _encode_segment(self, segment: np.ndarray, length: int) -> AudioTokens:
+        """Tokenizes one segment padded to `length` samples (GLM-4-Voice's and Kimi-Audio's way)."""
+        code, pooling = self.config.samples_per_code, self.config.pooling
+        count = -(-len(segment) // code)
+        wave = torch.from_numpy(np.pad(segment, (0, length - len(segment))))[None].to(self.device)
+        frames = torch.tensor([-(-len(segment) * pooling // code)], device=self.device)
+        weight = self.encoder.conv1.weight
+        hidden = self.encoder(self.log_mel(wave).to(weight.dtype), frames)
+        rows = hidden.unflatten(1, (-1, pooling)).flatten(2)
+        codes = self.quantizer.nearest(self.quantizer.project(rows).float())
+        if self.feature_encoder is not None:
+            whole = F.pad(wave[:, : len(segment)], (0, self._segment - len(segment)))
+            heard = self.feature_encoder(self.log_mel(whole).to(self.feature_encoder.conv1.weight.dtype))
+            rows = heard.unflatten(1, (-1, pooling)).flatten(2)
+        return AudioTokens(codes[0, :count], rows[0, :count].float())
 
     def encode_batch(self, waves: list[np.ndarray], sample_rate: int = 16_000) -> list[AudioTokens]:
         """Tokenizes several recordings of any lengths, each exactly as alone."""
@@ -117,7 +135,8 @@ class AudioTokenizer(nn.Module):
     @property
     def streams(self) -> bool:
         """Whether recordings can be tokenized as they come in."""
-        return self.encoder.streams and self.config.mel.dynamic_range == "running"
+        alone = self.config.feature_encoder is None
+        return alone and self.encoder.streams and self.config.mel.dynamic_range == "running"
 
     @property
     def device(self) -> torch.device:

@@ -77,7 +77,7 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
             "trunk": " ".join(backbone.trunk) or "-",
             "text branch": " ".join(backbone.text_branch) or "-",
             "audio branch": " ".join(backbone.audio_branch) or "-",
-            "vocabulary": f"{config.vocab.num_text_tokens} text, {len(config.vocab.SPECIALS)} special, "
+            "vocabulary": f"{config.vocab.num_text_tokens} text, {len(config.vocab.specials)} special, "
             f"{config.vocab.num_audio_codes} audio",
         },
         "parts": parts,

@@ -144,7 +144,7 @@ class PeakLogits(nn.Module):
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.enabled = False
-        self.register_buffer("peak", torch.zeros(num_heads), persistent=False)
+        self.register_buffer("peak", torch.zeros(num_heads, device="cpu"), persistent=False)
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, step: Step, scale: float) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kimi_mm.config import BackboneConfig, ConfigError
+from kimi_mm.quantized import QuantizedLinear
 from kimi_mm.text.attention import PeakLogits, Step, plan_step
 from kimi_mm.text.attn_res import AttnRes, AttnResStream, PlainStream, Stream
 from kimi_mm.text.cache import BackboneCache, LayerState
@@ -217,6 +218,8 @@ class Backbone(nn.Module):
 
     def text_logits(self, hidden: Tensor, size: int | None = None) -> Tensor:
         """[..., D] -> [..., V] over the whole vocabulary, or over its first `size` ids."""
+        if isinstance(self.lm_head, QuantizedLinear):
+            return self.lm_head(hidden, size)
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(hidden, weight if size is None else weight[:size])
 

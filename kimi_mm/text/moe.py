@@ -36,7 +36,7 @@ class Router(nn.Module):
         self.counting = True  # off while a forward pass is only repeated for its gradients
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         self.register_buffer("bias", torch.zeros(config.num_experts))
-        self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
+        self.register_buffer("load", torch.zeros(config.num_experts, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, D] -> indices [N, k], weights [N, k]; rows with valid [N] False are not counted."""

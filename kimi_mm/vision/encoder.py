@@ -102,7 +102,8 @@ class VisionTower(nn.Module):
         self.config = config
         self.patch_embed = nn.Linear(3 * config.patch_size**2, config.hidden_size)
         self.positions = nn.Parameter(torch.empty(config.position_height, config.position_width, config.hidden_size))
-        self.register_buffer("time_table", time_rows(config.max_frames, config.hidden_size), persistent=False)
+        with torch.device("cpu"):  # constants are real even in a model laid out on the meta device
+            self.register_buffer("time_table", time_rows(config.max_frames, config.hidden_size), persistent=False)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
