@@ -95,7 +95,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[Model, TextTokenizer]:
-    """Reads a checkpoint folder into an fp32 model in eval mode.
+    """Reads a checkpoint folder into an fp32 model in eval mode; see `conversion.load` for converted, large ones.
 
     Raises:
         CheckpointError: names the file, and the tensor where one is missing, unknown or of another shape.

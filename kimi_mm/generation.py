@@ -149,7 +149,12 @@ def loop_period(tokens: list[int], copies: int = 3, longest: int = 24) -> int:
 
 
 def _allowed(logits: torch.Tensor, vocab: VocabConfig) -> torch.Tensor:
-    """Forbids everything but text ids and `text_eos` in logits [B, ids]."""
+    """Forbids everything but text ids and `text_eos` in logits [B, ids].
+
+    A vocabulary without audio is a published text model's, whose specials (tool calls, <think>) are part of its text.
+    """
+    if not vocab.num_audio_codes:
+        return logits
     eos = vocab.special("text_eos")
     keep = logits[:, eos].clone()
     logits[:, vocab.num_text_tokens :] = float("-inf")

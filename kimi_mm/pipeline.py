@@ -27,28 +27,63 @@ from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.generation import TextResult, TextSampling, generate_text, stream_text
 from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.model import Model
-from kimi_mm.processing import AudioClip, ModelInputs, Processor
+from kimi_mm.processing import AudioClip, ModelInputs
+from kimi_mm.processing_published import processor_for
 from kimi_mm.speech import Speaker
 from kimi_mm.text.sentences import speakable
 from kimi_mm.text.tokenizer import TextPieces, TextTokenizer
 from kimi_mm.types import Event, Segment, Transcript, WavePiece
-from kimi_mm.vision.processing import VisionItem, VisionProcessor
+from kimi_mm.vision.processing import VisionItem
 
 SAMPLE_RATE = 16_000
 QUESTION = "What is in the picture?"
 
 
-def load(name_or_path: str | Path = "nano", device: str | torch.device = "cpu") -> KimiMM:
-    """Loads a model: the shipped "nano", or a checkpoint folder.
+def load(
+    name_or_path: str | Path = "nano",
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    weights: str | None = None,
+    drop: Sequence[str] = (),
+    audio_tokenizer: str | Path | None = None,
+    offload: str | None = None,
+) -> KimiMM:
+    """Loads a model: the shipped "nano", a checkpoint folder, or a published model.
+
+    A published model (Kimi-Audio, Kimi-Linear, K2.5, Kimi-VL) may be a folder as downloaded, one that `kimi-mm convert`
+    wrote, or a repository of the Hugging Face hub; nothing of it is executed.
+
+    Args:
+        name_or_path: name, folder, or "owner/name".
+        device: of the model.
+        dtype: of the weights, "bfloat16" or a torch dtype; None: fp32 for ours, as stored for a published model.
+        weights: "int8" or "int4" for the matrices of the backbone, None for none.
+        drop: parts to leave out: "voice" (detokenizer), "audio_branch" (and voice: text answers only), "vision".
+        audio_tokenizer: folder or repository of GLM-4-Voice's tokenizer, for Kimi-Audio as downloaded.
+        offload: "cpu" or "disk" keeps the backbone's layers there and brings each to `device` when its turn comes
+            (needs accelerate; "disk" needs a converted folder).
 
     Raises:
         CheckpointError: when there is no such model or its files are damaged.
     """
+    from kimi_mm.conversion.hub import is_repository
+
     path = find_checkpoint(name_or_path)
-    if not path.is_dir():
+    if not path.is_dir() and not is_repository(name_or_path):
         known = sorted(p.parent.name for p in PRETRAINED.glob("*/config.yaml"))
-        raise CheckpointError(f"model '{name_or_path}' is neither a folder nor shipped; shipped: {', '.join(known)}.")
-    return KimiMM(*load_checkpoint(path, device))
+        raise CheckpointError(
+            f"model '{name_or_path}' is neither a folder nor shipped nor a repository (owner/name); "
+            f"shipped: {', '.join(known)}."
+        )
+    plain = dtype is None and weights is None and offload is None and not drop
+    if plain and (path / "config.yaml").is_file() and not (path / "published.json").is_file():
+        return KimiMM(*load_checkpoint(path, device))
+    from kimi_mm.conversion.load import load_model
+
+    source = path if path.is_dir() else str(name_or_path)
+    model, tokenizer = load_model(source, device, dtype, weights, tuple(drop), audio_tokenizer, offload)
+    return KimiMM(model, tokenizer)
 
 
 class KimiMM:
@@ -56,8 +91,7 @@ class KimiMM:
 
     def __init__(self, model: Model, text_tokenizer: TextTokenizer) -> None:
         self.model = model.eval()
-        vision = None if model.config.vision is None else VisionProcessor(model.config.vision)
-        self.processor = Processor(model.config.vocab, text_tokenizer, vision, model.config.audio_delay)
+        self.processor = processor_for(model.config, text_tokenizer)
 
     @property
     def config(self) -> ModelConfig:
@@ -65,7 +99,9 @@ class KimiMM:
 
     @property
     def tokenizer(self) -> AudioTokenizer:
-        """The 12.5 Hz audio tokenizer."""
+        """The 12.5 Hz audio tokenizer. UserError when the model does not hear."""
+        if not self.config.hears:
+            raise UserError(f"model '{self.config.name}' does not hear; take one that does, such as 'nano'.")
         return self.model.audio
 
     @property

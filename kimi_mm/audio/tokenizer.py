@@ -65,26 +65,36 @@ class AudioTokenizer(nn.Module):
         if self.streams:
             stream = self.stream()
             return join([*(stream.push(segment) for segment in segments), stream.flush()])
-        # As published: the segments of a recording are padded to the longest of them, and attention hides the padding.
-        code = self.config.samples_per_code
-        length = -(-len(segments[0]) // code) * code
-        return join([self._encode_segment(segment, length) for segment in segments])
+        pieces = []
+        for segment in segments:
+            if self.feature_encoder is not None:
+                pieces.append(self._encode_as_published(segment, len(segments[0])))
+                continue
+            padded = np.pad(segment, (0, -len(segment) % self.config.samples_per_code))
+            features = self.features_from_wave(torch.from_numpy(padded)[None].to(self.device))
+            codes = self.quantizer.nearest(self.quantizer.project(features).float())
+            pieces.append(AudioTokens(codes[0], features[0].float()))
+        return join(pieces)
 
-    def _encode_segment(self, segment: np.ndarray, length: int) -> AudioTokens:
-        """Tokenizes one segment padded to `length` samples (GLM-4-Voice's and Kimi-Audio's way)."""
+    def _encode_as_published(self, segment: np.ndarray, longest: int) -> AudioTokens:
+        """Tokenizes one segment as Kimi-Audio does.
+
+        For codes a segment is padded to the longest of its recording, and attention hides the padding; for features to
+        the full 30 s, of which attention hides nothing.
+        """
+        assert self.feature_encoder is not None
         code, pooling = self.config.samples_per_code, self.config.pooling
         count = -(-len(segment) // code)
-        wave = torch.from_numpy(np.pad(segment, (0, length - len(segment))))[None].to(self.device)
+        samples = torch.from_numpy(segment)[None].to(self.device)
+        padded = F.pad(samples, (0, -(-longest // code) * code - len(segment)))
         frames = torch.tensor([-(-len(segment) * pooling // code)], device=self.device)
-        weight = self.encoder.conv1.weight
-        hidden = self.encoder(self.log_mel(wave).to(weight.dtype), frames)
+        hidden = self.encoder(self.log_mel(padded).to(self.encoder.conv1.weight.dtype), frames)
         rows = hidden.unflatten(1, (-1, pooling)).flatten(2)
         codes = self.quantizer.nearest(self.quantizer.project(rows).float())
-        if self.feature_encoder is not None:
-            whole = F.pad(wave[:, : len(segment)], (0, self._segment - len(segment)))
-            heard = self.feature_encoder(self.log_mel(whole).to(self.feature_encoder.conv1.weight.dtype))
-            rows = heard.unflatten(1, (-1, pooling)).flatten(2)
-        return AudioTokens(codes[0, :count], rows[0, :count].float())
+        whole = F.pad(samples, (0, self._segment - len(segment)))
+        heard = self.feature_encoder(self.log_mel(whole).to(self.feature_encoder.conv1.weight.dtype))
+        features = heard.unflatten(1, (-1, pooling)).flatten(2)
+        return AudioTokens(codes[0, :count], features[0, :count].float())
 
     def encode_batch(self, waves: list[np.ndarray], sample_rate: int = 16_000) -> list[AudioTokens]:
         """Tokenizes several recordings of any lengths, each exactly as alone."""

@@ -11,6 +11,7 @@ import typer
 from kimi_mm import __version__
 from kimi_mm.cli.chat import TurnsInOrder, chat
 from kimi_mm.cli.check_data import check_data
+from kimi_mm.cli.convert import convert
 from kimi_mm.cli.demo import demo
 from kimi_mm.cli.describe import describe as describe_pictures
 from kimi_mm.cli.errors import UsageError, complain, debugging, describe
@@ -39,6 +40,7 @@ app.command()(say)
 app.command(cls=TurnsInOrder)(chat)
 app.command()(demo)
 app.command()(info)
+app.command()(convert)
 app.add_typer(eval_app, name="eval")
 app.command()(plan)
 app.command()(prepare)

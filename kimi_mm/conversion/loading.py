@@ -39,6 +39,7 @@ def fill(
     dtype: torch.dtype | None = torch.float32,
     weights: str | None = None,
     device: str | torch.device = "cpu",
+    leave: tuple[str, ...] = (),
 ) -> Model:
     """Builds a model and fills it.
 
@@ -50,6 +51,7 @@ def fill(
         weights: "int8" or "int4" quantizes the matrices of the backbone; None does not. Experts that are stored in
             int4 are then kept so, whatever the choice.
         device: of the result.
+        leave: beginnings of names that stay on the meta device, unread.
 
     Raises:
         CheckpointError: on a missing or unknown tensor, or another shape; names it.
@@ -61,7 +63,8 @@ def fill(
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith(_TRAINING_ONLY)}
     experts: dict[str, dict[str, Pair]] = {}
     seen: set[str] = set()
-    for name, tensor, scale in _assembled(targets):
+    chosen = (target for target in targets if not (leave and target.name.startswith(leave)))
+    for name, tensor, scale in _assembled(chosen):
         if name not in wanted:
             if name.startswith(OPTIONAL) and not name.startswith(_parts(wanted)):
                 continue
@@ -86,7 +89,7 @@ def fill(
         else:
             _place(model, parent, leaf, tensor.to(device))
         seen.add(name)
-    missing = sorted(set(wanted) - seen)
+    missing = sorted(name for name in set(wanted) - seen if not (leave and name.startswith(leave)))
     if missing:
         raise CheckpointError(f"{where}: tensor '{missing[0]}' is missing ({len(missing)} in all).")
     for parent, pairs in experts.items():
@@ -95,7 +98,7 @@ def fill(
         if isinstance(module, VectorQuantizer):
             module.ema_count = torch.ones(len(module.codebook), device=module.codebook.device)
             module.ema_sum = module.codebook.clone()
-    return model.to(device).eval()
+    return (model if leave else model.to(device)).eval()
 
 
 def _assembled(targets: Iterable[Target]) -> Iterator[tuple[str, Tensor, Tensor | None]]:

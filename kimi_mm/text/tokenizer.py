@@ -17,10 +17,15 @@ from kimi_mm.errors import CheckpointError
 
 
 class TextTokenizer:
-    """Encodes and decodes text with a trained BPE; safe to share between threads."""
+    """Encodes and decodes text with a trained BPE; safe to share between threads.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        tokenizer: of the tokenizers library.
+        lead: a text is given the space that words inside a sentence have; published vocabularies do not want it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, lead: bool = True) -> None:
+        self._tokenizer, self._leads = tokenizer, lead
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -47,10 +52,10 @@ class TextTokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: str | Path) -> TextTokenizer:
+    def load(cls, path: str | Path, lead: bool = True) -> TextTokenizer:
         """Reads `tokenizer.json`; CheckpointError names the file when it is missing or damaged."""
         try:
-            return cls(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
+            return cls(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")), lead)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
         except Exception as error:  # tokenizers raises bare Exception on malformed files
@@ -70,16 +75,18 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the BPE ids of a text; markers of special tokens inside it stay plain characters."""
-        return self._tokenizer.encode(_lead(text), add_special_tokens=False).ids
+        return self._tokenizer.encode(_lead(text) if self._leads else text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""
-        return [item.ids for item in self._tokenizer.encode_batch([_lead(t) for t in texts], add_special_tokens=False)]
+        led = [_lead(text) if self._leads else text for text in texts]
+        return [item.ids for item in self._tokenizer.encode_batch(led, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; ids outside the BPE part are skipped."""
         limit = len(self)
-        return self._tokenizer.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=False).strip()
+        text = self._tokenizer.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=False)
+        return text.strip() if self._leads else text
 
 
 class TextPieces:
