@@ -108,6 +108,11 @@ class QuantizedLinear(nn.Module):
 class QuantizedExperts(nn.Module):
     """Stacked SwiGLU experts over int8 or int4 weights; expands those that were chosen, one at a time."""
 
+    gate_up_values: Tensor
+    gate_up_scale: Tensor
+    down_values: Tensor
+    down_scale: Tensor
+
     def __init__(self, gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         for name, (values, scale) in (("gate_up", gate_up), ("down", down)):

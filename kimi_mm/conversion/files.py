@@ -61,7 +61,7 @@ class Stored:
         """Yields the bytes from `offset` on, `size` of them, block by block."""
         end = self.size if size is None else offset + size
         if self.tensor is not None:
-            data = memoryview(self.tensor.contiguous().flatten().view(torch.uint8).numpy())
+            data = self.tensor.contiguous().flatten().view(torch.uint8).numpy().data
             for at in range(offset, end, BLOCK):
                 yield data[at : min(at + BLOCK, end)]
             return
@@ -106,7 +106,7 @@ class Target:
     def read(self) -> torch.Tensor:
         """Puts the tensor together in memory."""
         data = torch.empty(self.size, dtype=torch.uint8)
-        view, at = memoryview(data.numpy()), 0
+        view, at = data.numpy().data, 0
         for block in self.blocks():
             view[at : at + len(block)] = block
             at += len(block)

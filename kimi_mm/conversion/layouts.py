@@ -128,8 +128,13 @@ def _text(key: str, tensor: Tensor, config: BackboneConfig, layout: str) -> Iter
     ((name, shaped),) = to_transformers({key: tensor}, config).items()
     prefix = "language_model." if layout in ("kimi_k25", "kimi_vl") else ""
     for piece, shape in _split(name, tuple(shaped.shape), config, layout):
-        also = (piece.replace(".mlp.", ".block_sparse_moe."),) if layout == "kimi_linear" and ".mlp." in piece else ()
-        yield Piece("", prefix + piece, shape, also)
+        # What transformers 5.23 writes differs: it translates one name too many, each time.
+        other = piece
+        if layout == "kimi_linear":
+            other = piece.replace(".mlp.", ".block_sparse_moe.")
+        elif prefix:
+            other = piece.replace(".layers.", ".blocks.")
+        yield Piece("", prefix + piece, shape, (prefix + other,) if other != piece else ())
 
 
 def _split(

@@ -56,10 +56,10 @@ def load_model(
         return fill(config, targets, folder, dtype=kind, weights=weights, device=device), tokenizer
     if offload not in PLACES:
         raise UserError(f"offload '{offload}' must be one of {', '.join(PLACES)}.")
-    if offload == "disk" and (weights is not None or not native):
-        raise UserError(
-            "offload 'disk' reads layers from a converted checkpoint as they are; convert it, no 'weights'."
-        )
+    if weights is not None:
+        raise UserError("offload moves layers as they are stored; leave out 'weights'.")
+    if offload == "disk" and not native:
+        raise UserError("offload 'disk' reads layers from a converted checkpoint; convert it first.")
     leave = LAYERS if offload == "disk" else ()
     model = fill(config, targets, folder, dtype=kind, weights=weights, leave=leave)
     offload_layers(model, offload, device, folder, kind)

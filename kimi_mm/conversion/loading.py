@@ -51,7 +51,7 @@ def fill(
         weights: "int8" or "int4" quantizes the matrices of the backbone; None does not. Experts that are stored in
             int4 are then kept so, whatever the choice.
         device: of the result.
-        leave: beginnings of names that stay on the meta device, unread.
+        leave: beginnings of names whose parameters stay on the meta device, unread.
 
     Raises:
         CheckpointError: on a missing or unknown tensor, or another shape; names it.
@@ -63,7 +63,7 @@ def fill(
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith(_TRAINING_ONLY)}
     experts: dict[str, dict[str, Pair]] = {}
     seen: set[str] = set()
-    chosen = (target for target in targets if not (leave and target.name.startswith(leave)))
+    chosen = (target for target in targets if not _left(target.name, leave))
     for name, tensor, scale in _assembled(chosen):
         if name not in wanted:
             if name.startswith(OPTIONAL) and not name.startswith(_parts(wanted)):
@@ -78,7 +78,10 @@ def fill(
             raise CheckpointError(
                 f"{where}: tensor '{name}' has shape {list(tensor.shape)}, the config needs {list(wanted[name])}."
             )
-        if dtype is not None and scale is None and tensor.is_floating_point() and not name.endswith(_EXACT):
+        # Codes are the nearest of thousands: sixteen bits would pick others.
+        narrow = name.startswith("audio.encoder.") and dtype in (torch.float16, torch.bfloat16)
+        exact = name.endswith(_EXACT) or narrow
+        if dtype is not None and scale is None and tensor.is_floating_point() and not exact:
             tensor = tensor.to(dtype)
         if isinstance(module, Experts) and weights:
             pair = (tensor, scale) if scale is not None else quantize(tensor, weights)
@@ -89,7 +92,7 @@ def fill(
         else:
             _place(model, parent, leaf, tensor.to(device))
         seen.add(name)
-    missing = sorted(name for name in set(wanted) - seen if not (leave and name.startswith(leave)))
+    missing = sorted(name for name in set(wanted) - seen if not _left(name, leave))
     if missing:
         raise CheckpointError(f"{where}: tensor '{missing[0]}' is missing ({len(missing)} in all).")
     for parent, pairs in experts.items():
@@ -138,6 +141,10 @@ def _assembled(targets: Iterable[Target]) -> Iterator[tuple[str, Tensor, Tensor 
             yield stem, values.float() * scale[(...,) + (None,) * (values.dim() - scale.dim())], None
         else:
             yield stem, read[".packed"], read[".group_scale"]
+
+
+def _left(name: str, leave: tuple[str, ...]) -> bool:
+    return bool(leave) and name.startswith(leave) and not name.endswith("router.bias")  # a buffer
 
 
 def _quantizable(name: str, module: nn.Module, tensor: Tensor) -> bool:

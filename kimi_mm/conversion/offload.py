@@ -48,11 +48,10 @@ def offload_layers(
     for name, layer in model.named_modules():
         if not isinstance(layer, DecoderLayer):
             continue
-        weights = _Below(stored, f"{name}.") if place == "disk" else layer.state_dict()
+        weights = _Below(stored, f"{name}.") if place == "disk" else dict(layer.named_parameters())
         hook = AlignDevicesHook(
             execution_device=torch.device(device),
             offload=True,
-            offload_buffers=True,
             io_same_device=True,
             weights_map=weights,
             place_submodules=True,

@@ -52,7 +52,9 @@ class RotaryEmbedding:
 
 
 def _frequencies(config: RopeConfig, dim: int) -> list[float]:
-    plain = [config.theta ** (-2.0 * i / dim) for i in range(dim // 2)]
+    # In fp32, as the published models were trained with: the last digit counts at long range.
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    plain: list[float] = (1.0 / config.theta**exponents).tolist()
     if config.yarn_factor <= 1.0:
         return plain
 

@@ -62,7 +62,7 @@ def test_kimi_k25():
 
 
 def test_kimi_vl():
-    tensors, parameters, names = counted("kimi-vl-a3b")
+    _, parameters, names = counted("kimi-vl-a3b")
     assert sum(name.startswith(("vision_tower.", "multi_modal_projector.")) for name in names) == 335
     assert parameters[""] == 16_407_656_048
 
@@ -75,7 +75,7 @@ def test_configs_survive_yaml(name, tmp_path):
 
 def test_names():
     assert published_preset("moonshotai/Kimi-Audio-7B-Instruct").layout == "kimi_audio"
-    with pytest.raises(ConfigError, match="did you mean 'kimi-k2.5'"):
+    with pytest.raises(ConfigError, match="did you mean 'kimi-k2"):
         published_preset("kimi-k25")
 
 

@@ -115,6 +115,8 @@ def kimi_audio(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
                 value += 1
             if ours.endswith("weight_g"):
                 value = value.abs() + 0.5
+            if piece.group == "glm-4-voice-tokenizer":  # so that sounds differ in their codes
+                value *= 8 if piece.name in ("conv1.weight", "embed_positions.weight") else 4
             half = piece.group in ("", "whisper-large-v3")
             tensors.setdefault(piece.group, {})[piece.name] = value.to(dtype) if half else value
     frequencies = (1e6 ** (-torch.arange(0, 8, 2) / 8)).bfloat16()
