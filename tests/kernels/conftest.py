@@ -1,11 +1,6 @@
-"""Triton's interpreter where there is no GPU, with the bfloat16 it lacks."""
+"""Triton's interpreter, which runs where there is no GPU, is taught the bfloat16 that it lacks."""
 
 import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
 def _teach_bfloat16() -> None:
