@@ -111,6 +111,7 @@ class Recipe(Config):
         freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; the audio
             tokenizer always is.
         lora: the stages on documents train adapters in the backbone instead of its weights; null trains the weights.
+        peak_tflops: dense bf16 peak of the device that MFU is a share of; 0 knows it for common GPUs by their names.
         weights: format of the model that is written at the end, "fp32", "fp16" or "int8".
     """
 
@@ -137,6 +138,7 @@ class Recipe(Config):
     freeze_backbone: bool = False
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None
+    peak_tflops: float = 0.0
     weights: str = "fp16"
     ctc_weight: float = 0.3
     feature_dropout: float = 0.1

@@ -28,6 +28,7 @@ from kimi_mm.text.attention import PeakLogits
 from kimi_mm.text.moe import Router
 from kimi_mm.training import qk_clip
 from kimi_mm.training.guard import Guard
+from kimi_mm.training.meters import ConsoleTable, Meters
 from kimi_mm.training.muon import Muon, is_hidden_matrix
 from kimi_mm.training.parallel import Parallel, join_processes, own_device
 from kimi_mm.training.recipe import OptimConfig, Recipe
@@ -121,6 +122,9 @@ class Trainer:
         self.optimizer = make_optimizer(objective, recipe.optim, fused=device.type == "cuda")
         self.loaders = {"speech": speech, "text": text, "scenes": scenes, "documents": documents}
         self.guard = Guard(recipe.guard)
+        graphs = recipe.cuda_graphs and device.type == "cuda" and self.parallel.world == 1
+        self.meters = Meters(self.parallel.backbone, device, recipe.peak_tflops, hooks=not graphs)
+        self.table = ConsoleTable()
         self.step = 0
         self.asked = False  # this process was asked to stop
         self.stopped = False  # all processes stop after this step
@@ -152,11 +156,13 @@ class Trainer:
                     window.append(self._one_step(sources))
                     self.step += 1
                     bar.update(task, completed=self.step)
-                    if self.step % recipe.log_every == 0 or self.step == recipe.steps:
+                    if self._logs(self.step):
                         logged = self._mean(window)
                         if self.guard.skipped:
                             logged["skipped_steps"] = float(self.guard.skipped)
-                        logged["seconds_per_step"] = (time.monotonic() - mark) / (self.step - marked)
+                        seconds = time.monotonic() - mark
+                        logged["seconds_per_step"] = seconds / (self.step - marked)
+                        logged |= self.meters.speed(seconds, self.parallel.groups, self.parallel.world)
                         if "positions" in logged:
                             positions = logged["positions"] * recipe.gradient_accumulation
                             logged["tokens_per_second"] = positions / logged["seconds_per_step"]
@@ -186,9 +192,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         origin = source_of_step(recipe, self.step)
+        self.meters.awake = self._logs(self.step + 1)
         parts = []
         for number in range(self.parallel.micro_batches):
             batch = self._to_device(sources[origin].next())
+            self.meters.take(batch)
             self.parallel.seed(self.step, number)
             with self.parallel.accumulating(last=number == self.parallel.micro_batches - 1):
                 with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -199,6 +207,7 @@ class Trainer:
         names = {name for part in parts for name in part}
         numbers = {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
         numbers["grad_norm"] = norm = self._clip()
+        numbers |= self.meters.hidden()
         if self._agree(origin, numbers["loss"], norm):
             self.optimizer.step()
             numbers |= self._after_update()
@@ -218,12 +227,18 @@ class Trainer:
 
     def _after_update(self) -> dict[str, torch.Tensor]:
         """What follows an optimiser step: experts are balanced, attention logits are clipped."""
+        found: dict[str, torch.Tensor] = {}
         if self.parallel.backbone is not None:
             self.parallel.sum_loads()
+            if self.meters.awake:
+                found = self.meters.loads()
             self.parallel.backbone.update_expert_bias()
         if self.recipe.optim.optimizer == "muonclip":
-            return {"qk_max": qk_clip.apply(self.objective, self.recipe.optim.qk_clip)}
-        return {}
+            found["qk_max"] = qk_clip.apply(self.objective, self.recipe.optim.qk_clip)
+        return found
+
+    def _logs(self, step: int) -> bool:
+        return step % self.recipe.log_every == 0 or step == self.recipe.steps
 
     def _forget_step(self) -> None:
         """Drops what the layers counted during a step that is not taken."""
@@ -318,15 +333,15 @@ class Trainer:
         counts = [float(len(found[name])) for name in names]
         both = torch.stack([torch.stack([x.to(self.parallel.device) for x in sums]), torch.tensor(counts).to(sums[0])])
         both = self.parallel.mean(both)
-        return dict(zip(names, (both[0] / both[1]).tolist(), strict=True))
+        return Meters.roots(dict(zip(names, (both[0] / both[1]).tolist(), strict=True)))
 
     def _report(self, numbers: dict[str, float], writer: Any, bar: Progress) -> None:
         if writer is not None:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, self.step)
         if self.parallel.main:
-            line = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            bar.console.print(f"step {self.step}/{self.recipe.steps}  {line}", highlight=False, soft_wrap=True)
+            for line in self.table.lines(f"step {self.step}/{self.recipe.steps}", numbers):
+                bar.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _summary_writer(run: Path) -> Any:

@@ -144,7 +144,7 @@ def test_a_bad_step_changes_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer.Trainer, "_clip", poisoned)
     numbers = train("text/nano", debug=True, output=tmp_path, overrides=[*SMALL, "stop_after=3"])
-    assert numbers.keys() == {"seconds_per_step", "skipped_steps", "lr"}
+    assert not {"loss", "grad_norm"} & numbers.keys()
     assert numbers["skipped_steps"] == 1.0
     before, after = (load_file(tmp_path / f"step-000000{n}" / "model.safetensors") for n in (2, 3))
     assert all(torch.equal(before[name], after[name]) for name in before)

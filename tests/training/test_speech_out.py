@@ -161,7 +161,7 @@ def test_resumed_run_equals_uninterrupted_run(recipe, tmp_path):
     whole = train(recipe, debug=True, output=tmp_path / "whole")
     train(recipe, debug=True, output=tmp_path / "cut", overrides=["stop_after=2"])
     resumed = train(recipe, debug=True, output=tmp_path / "cut")
-    whole.pop("seconds_per_step"), resumed.pop("seconds_per_step")
+    whole, resumed = ({k: v for k, v in numbers.items() if "second" not in k} for numbers in (whole, resumed))
     assert resumed == whole
     last = "step-0000004/model.safetensors"
     a, b = load_file(tmp_path / "whole" / last), load_file(tmp_path / "cut" / last)
