@@ -6,6 +6,7 @@ everything heavier are imported by the names below on first use.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -24,3 +25,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'kimi_mm' has no attribute '{name}'")
+
+
+if "transformers.models.auto" in sys.modules and "torch" in sys.modules:
+    # Whoever has transformers open already finds our models in its Auto classes; others import kimi_mm.hf.
+    from kimi_mm import hf as hf

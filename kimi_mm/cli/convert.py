@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kimi_mm.cli.errors import UsageError
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="A folder, or a repository of the Hugging Face hub (owner/name).")],
@@ -18,13 +20,22 @@ def convert(
         bool, typer.Option(help="Also keep what the model never reads (Whisper's decoder), for the way back.")
     ] = False,
     shard_gib: Annotated[float, typer.Option(min=0.001, help="Largest weight file, GiB.")] = 4.0,
+    to: Annotated[
+        str | None, typer.Option(help="'transformers': write one of our own models for its Auto classes.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Read the result again and compare checksums.")] = False,
 ) -> None:
     """Convert a published checkpoint to this package's layout; a converted one goes back, bit for bit."""
     from kimi_mm.cli.progress import progress_bar
     from kimi_mm.conversion.convert import convert as run
+    from kimi_mm.conversion.convert import export
     from kimi_mm.conversion.files import verify
 
+    if to is not None:
+        if to != "transformers":
+            raise UsageError(f"--to '{to}' must be 'transformers'; the way back to a published layout needs no option.")
+        print(export(source, dest))
+        return
     with progress_bar("converting") as advance:
         run(
             source,

@@ -30,7 +30,7 @@ from kimi_mm.conversion.published import (
     plan,
     read_json,
 )
-from kimi_mm.errors import CheckpointError
+from kimi_mm.errors import CheckpointError, UserError
 
 ORIGIN = "published.json"  # in a converted folder: which layout it came from
 COMPANIONS = "published"  # and the small files that came with it
@@ -87,6 +87,38 @@ def convert(
     writer.text("config.yaml", model.config.to_yaml())
     writer.finish()
     return dest
+
+
+def export(source: str | Path, dest: str | Path) -> Path:
+    """Writes one of our models (not a converted one) as a folder for transformers' Auto classes, weights in fp32.
+
+    Args:
+        source: "nano" or a checkpoint folder.
+        dest: folder, made if missing.
+
+    Raises:
+        CheckpointError: names the file, and the tensor where there is one.
+        UserError: transformers is not installed.
+    """
+    from kimi_mm.checkpoint import find_checkpoint, load_checkpoint
+
+    folder = find_checkpoint(source)
+    try:
+        from kimi_mm.hf import KimiMMConfig, KimiMMForConditionalGeneration
+    except ModuleNotFoundError as error:
+        raise UserError(f"this needs the package '{error.name}': pip install 'kimi-mm[train]'.") from None
+    model, tokenizer = load_checkpoint(folder)
+    with torch.device("meta"):
+        wrapped = KimiMMForConditionalGeneration(KimiMMConfig(model.config.to_dict()))
+    wrapped.model = model
+    wrapped.save_pretrained(dest)
+    writer = Writer(Path(dest), "export")
+    writer.text("tokenizer.json", tokenizer.to_json())
+    for name in ("README.md", "NOTICE"):
+        if (folder / name).is_file():
+            writer.copy(folder / name, name)
+    (Path(dest) / "conversion.json").unlink(missing_ok=True)
+    return Path(dest)
 
 
 # ---- and back ----------------------------------------------------------------------------------------------------
