@@ -19,6 +19,7 @@ from kimi_mm.cli.evaluate import app as eval_app
 from kimi_mm.cli.info import info
 from kimi_mm.cli.plan import plan
 from kimi_mm.cli.prepare import prepare
+from kimi_mm.cli.report import report
 from kimi_mm.cli.resynth import resynth
 from kimi_mm.cli.say import say
 from kimi_mm.cli.tokenize import tokenize
@@ -46,6 +47,7 @@ app.command()(plan)
 app.command()(prepare)
 app.command("check-data")(check_data)
 app.command()(train)
+app.command()(report)
 
 
 def _version(wanted: bool) -> None:

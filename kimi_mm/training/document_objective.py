@@ -48,7 +48,7 @@ class DocumentObjective(nn.Module):
         return self
 
     def forward(self, batch: DocumentBatch, augmented: bool = False) -> Losses:
-        """Returns "loss", the mean of each group that is in the batch, and the number of positions."""
+        """Returns "loss", and the mean of each group of documents that is in the batch."""
         output = self._model[0](batch.inputs)
         picked = output.text_hidden.flatten(0, 1).index_select(0, batch.positions)
         weight = self._head(self.backbone.lm_head)
@@ -65,7 +65,7 @@ class DocumentObjective(nn.Module):
             heard = output.audio_hidden.flatten(0, 1).index_select(0, batch.audio_positions)
             losses["speech"] = self._loss(heard, self._head(self.backbone.audio_head), batch.audio_labels)
             total = total + self.speech_weight * losses["speech"]
-        return {"loss": total, **losses, "positions": torch.tensor(float(batch.used))}
+        return {"loss": total, **losses}
 
     def _head(self, own: nn.Linear | None) -> torch.Tensor:
         return self.backbone.embed_tokens.weight if own is None else own.weight

@@ -163,9 +163,6 @@ class Trainer:
                         seconds = time.monotonic() - mark
                         logged["seconds_per_step"] = seconds / (self.step - marked)
                         logged |= self.meters.speed(seconds, self.parallel.groups, self.parallel.world)
-                        if "positions" in logged:
-                            positions = logged["positions"] * recipe.gradient_accumulation
-                            logged["tokens_per_second"] = positions / logged["seconds_per_step"]
                         logged["lr"] = self.optimizer.param_groups[0]["lr"]
                         mark, marked, window = time.monotonic(), self.step, []
                         self._report(logged, writer, bar)
