@@ -1,0 +1,32 @@
+"""The training and scaling benchmarks at debug size on a CPU."""
+
+import json
+
+import pytest
+
+from benchmarks import scaling, training
+
+
+def test_training_compares_ours_and_theirs(tmp_path):
+    pytest.importorskip("transformers")
+    lines: list[str] = []
+    training.main(["--debug", "--peak-tflops", "0.1", "--json", str(tmp_path / "out.json")], note=lines.append)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert list(results) == list(training.CONTESTANTS)
+    assert not any("error" in row for row in results.values()), results
+    assert results["theirs"]["first_loss"] == pytest.approx(results["same-shape"]["first_loss"], abs=1e-4)
+    assert all(row["tokens_per_second"] > 0 and row["mfu"] > 0 for row in results.values())
+    assert any("AttnRes costs" in line for line in lines)
+    assert sum("against theirs" in line for line in lines) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["expert", "context"])
+def test_scaling_gives_equal_losses(mode, tmp_path, capsys):
+    scaling.main(["--debug", "--modes", mode, "--json", str(tmp_path / "out.json")])
+    one, two = json.loads((tmp_path / "out.json").read_text())
+    assert "error" not in {**one, **two}, (one, two)
+    assert (one["gpus"], two["gpus"]) == (1, 2)
+    assert two["difference"] < 1e-4
+    assert min(one["tokens_per_second"], two["tokens_per_second"], two["sent"]) > 0
+    assert capsys.readouterr().out.count("\n") == 3
