@@ -31,6 +31,7 @@ def published(tmp_path_factory) -> dict[str, Path]:
         "kimi_audio": kimi_audio(root / "kimi_audio"),
         "kimi_linear": text_model(root / "kimi_linear", KIMI_LINEAR),
         "kimi_k25": text_model(root / "kimi_k25", KIMI_K25, int4=True),
+        "kimi_vl": text_model(root / "kimi_vl", KIMI_K25 | {"model_type": "kimi_vl"}),
     }
 
 
@@ -47,7 +48,7 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["kimi_audio", "kimi_linear", "kimi_k25"])
+@pytest.mark.parametrize("name", ["kimi_audio", "kimi_linear", "kimi_k25", "kimi_vl"])
 def test_there_and_back(published, name, tmp_path):
     convert(published[name], tmp_path / "ours", keep_unused=True, shard_bytes=50_000)
     assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 2
