@@ -34,6 +34,7 @@ from kimi_mm.processing import IGNORE
 from kimi_mm.text.backbone import Backbone, DecoderLayer
 from kimi_mm.text.context import Context
 from kimi_mm.text.expert_parallel import ExpertPlace
+from kimi_mm.text.mlp import DenseMLP
 from kimi_mm.text.moe import Experts, Router
 from kimi_mm.training.recipe import Recipe
 from kimi_mm.training.sharding import expert_places, local
@@ -203,9 +204,8 @@ class Parallel:
         for module in self.objective.modules():
             if isinstance(module, DecoderLayer):
                 module.recompute = self.config.checkpoint_activations
-                if self.config.compile:
-                    module.mixer.compile()
-                    module.mlp.compile()
+            if isinstance(module, DenseMLP) and self.config.compile:
+                module.compile()
 
     def _wrap(self, step: TrainingStep) -> nn.Module:
         if self.world == 1:

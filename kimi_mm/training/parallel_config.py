@@ -16,7 +16,7 @@ class ParallelConfig(Config):
         expert: processes that share the experts of a layer.
         context: processes that share the rows of a batch, each holding a stretch of every row.
         checkpoint_activations: keeps only what passes between layers for the backward pass.
-        compile: torch.compile for mixers and MLPs.
+        compile: torch.compile for dense MLPs and shared experts; mixers and routed experts have kernels of their own.
     """
 
     data: str = "ddp"

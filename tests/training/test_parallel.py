@@ -56,6 +56,12 @@ def test_same_losses_as_one_process(ranks, optimizer, parallel, alone, tmp_path)
         assert_same(logged, alone(optimizer))
 
 
+@pytest.mark.slow
+def test_compiled_parts_do_the_same(alone, tmp_path):
+    overrides = ("parallel={compile: true}", "optim.optimizer=adamw", CLIP)
+    assert_same(together(1, spread.losses, tmp_path, *overrides)[0], alone("adamw"))
+
+
 def last_model(run) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor, _ in read_tensors(run / "model")}
 
