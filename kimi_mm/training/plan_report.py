@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kimi_mm.config import BackboneConfig, ModelConfig
+from kimi_mm.config import BackboneConfig, ConfigError, ModelConfig
+from kimi_mm.conversion.presets import PRESETS, published_preset
 from kimi_mm.errors import UserError
 from kimi_mm.training.costs import Costs, count
 from kimi_mm.training.plan import Plan
@@ -14,6 +15,8 @@ FORMATS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # bytes of a num
 
 def find_model(name: str) -> ModelConfig:
     """Reads the config that a recipe, a model file below recipes/models, or a checkpoint folder describes.
+
+    Published models go by preset or repository name (`kimi_mm.conversion.presets`).
 
     Raises:
         UserError: if there is no such thing.
@@ -27,8 +30,11 @@ def find_model(name: str) -> ModelConfig:
         if candidate.is_file():
             text = candidate.read_text(encoding="utf-8")
             return load_recipe(str(candidate))[1] if "\nstage:" in f"\n{text}" else ModelConfig.from_yaml(candidate)
-    known = ", ".join(sorted(path.stem for path in models.glob("*.yaml")))
-    raise UserError(f"model '{name}' not found: neither a folder nor a recipe nor one of {known}.")
+    try:
+        return published_preset(name).config
+    except ConfigError:
+        known = ", ".join([*sorted(path.stem for path in models.glob("*.yaml")), *PRESETS])
+        raise UserError(f"model '{name}' not found: neither a folder nor a recipe nor one of {known}.") from None
 
 
 def describe_size(costs: Costs) -> str:

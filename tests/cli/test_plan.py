@@ -26,3 +26,10 @@ def test_bad_arguments(kimi, arguments, named):
     result = kimi("plan", *arguments)
     assert result.code in (1, 2)
     assert [named in line for line in result.complaints] == [True]
+
+
+@pytest.mark.parametrize("name", ["kimi-linear-48b-a3b", "moonshotai/Kimi-Linear-48B-A3B-Base"])
+def test_published_models_go_by_name(kimi, name):
+    said = kimi("plan", name)
+    assert said.code == 0
+    assert said.out.startswith("49.12 G parameters, 3.48 G of them active")
