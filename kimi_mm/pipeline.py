@@ -27,7 +27,7 @@ from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.generation import TextResult, TextSampling, generate_text, stream_text
 from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.model import Model
-from kimi_mm.processing import AudioClip, ModelInputs
+from kimi_mm.processing import AudioClip, ModelInputs, Streams
 from kimi_mm.processing_published import processor_for
 from kimi_mm.speech import Speaker
 from kimi_mm.text.sentences import speakable
@@ -164,9 +164,8 @@ class KimiMM:
         texts = []
         for wave, result in zip(waves, results, strict=True):
             text = self.processor.tokenizer.decode(result.ids)
-            if retry and result.stop_reason != "eos" and len(wave) >= 4 * SAMPLE_RATE:
-                halves = split_at_silence(wave, max_seconds=0.6 * len(wave) / SAMPLE_RATE)
-                text = " ".join(filter(None, self._recognise([wave[slice(*half)] for half in halves], retry=False)))
+            if retry and (halves := second_hearing(wave, result.stop_reason)) is not None:
+                text = " ".join(filter(None, self._recognise(halves, retry=False)))
             texts.append(text)
         return texts
 
@@ -177,9 +176,7 @@ class KimiMM:
         clips = [AudioClip(t.codes, t.features) for t in self.tokenizer.encode_batch(waves)]
         rows = [self.processor.transcription(len(clip.codes)) for clip in clips]
         inputs = self.processor.collate(rows, [[clip] for clip in clips]).to(self.device)
-        # Fast speech stays below eight tokens a second; the rest is room for short clips.
-        budgets = [12 + 8 * len(wave) // SAMPLE_RATE for wave in waves]
-        return generate_text(self.model, inputs, budgets=budgets)
+        return generate_text(self.model, inputs, budgets=[transcription_budget(wave) for wave in waves])
 
     def describe(self, images: Any, question: str = QUESTION, **options: Any) -> str:
         """Answers a question about pictures and clips; arguments as for `describe_stream`, which gives it in pieces."""
@@ -216,14 +213,14 @@ class KimiMM:
     def reply(
         self, messages: Sequence[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0
     ) -> Iterator[str]:
-        """Continues a conversation with pictures and clips in any of its turns, word by word.
+        """Continues a conversation with pictures, clips and recordings in any of its turns, word by word.
 
         Args:
-            messages: as for `Processor.see`; the last one is the user's.
+            messages: as for `stream`; the last one is the user's.
             max_tokens, temperature: as for `describe_stream`.
         """
-        seen, items = self.processor.see(messages)
-        inputs = self.processor.collate([self.processor.streams(seen)], [[]], [items]).to(self.device)
+        streams, clips, items = self.read(messages)
+        inputs = self.processor.collate([streams], [clips], [items]).to(self.device)
         return self._answer(inputs, TextSampling(temperature=temperature, max_tokens=max_tokens), None)
 
     def stream(
@@ -252,7 +249,8 @@ class KimiMM:
             UserError: the model has no voice, or a message cannot be used.
         """
         speaker = Speaker(self, sampling, generator, voice, streaming)
-        return speaker.reply(self._hear(messages))
+        streams, clips, items = self.read(messages, output="speech")
+        return speaker.reply(self.processor.collate([streams], [clips], [items]).to(self.device))
 
     def speak(self, text: str, **options: Any) -> np.ndarray:
         """Speaks a text of any length: samples [S] fp32 in [-1, 1] at `detokenizer.sample_rate`; see `speak_stream`."""
@@ -298,8 +296,22 @@ class KimiMM:
             return self.tokenizer.encode(read_audio(audio)[0])
         return self.tokenizer.encode(audio, sample_rate)
 
-    def _hear(self, messages: Sequence[dict[str, Any]]) -> ModelInputs:
-        """Reads the pictures and recordings of a conversation and returns its prompt for a spoken reply."""
+    @torch.inference_mode()
+    def read(
+        self, messages: Sequence[dict[str, Any]], output: str = "text"
+    ) -> tuple[Streams, list[AudioClip], list[VisionItem]]:
+        """Reads the pictures and recordings of a conversation and lays out its prompt.
+
+        Args:
+            messages: as for `stream`.
+            output: "text", or "speech" for text and audio.
+
+        Returns:
+            The streams, up to the place where the model answers; the recordings, and the pictures and chunks, in order.
+
+        Raises:
+            UserError: a message cannot be used.
+        """
         seen, items = self.processor.see(messages)
         clips: list[AudioClip] = []
         for message in seen:
@@ -313,8 +325,7 @@ class KimiMM:
                     parts[at] = {"type": "audio", "num_codes": len(tokens)}
                 elif part.get("type") == "audio" and "codes" in part:
                     check_codes(part["codes"], self.config.vocab.num_audio_codes)
-        streams = self.processor.streams(seen, output="speech")
-        return self.processor.collate([streams], [clips], [items]).to(self.device)
+        return self.processor.streams(seen, output=output), clips, items
 
     def look(self, images: Any) -> list[VisionItem]:
         """Reads one or a list of pictures and clips into patches; what was left out stands in the items' `notes`.
@@ -347,3 +358,15 @@ class KimiMM:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def transcription_budget(wave: np.ndarray) -> int:
+    """Most text ids a piece of speech may get: fast speech stays below eight a second; the rest is for short clips."""
+    return 12 + 8 * len(wave) // SAMPLE_RATE
+
+
+def second_hearing(wave: np.ndarray, stop_reason: str) -> list[np.ndarray] | None:
+    """Returns the halves in which a piece is heard again when its text ran away, or None when it ended well."""
+    if stop_reason == "eos" or len(wave) < 4 * SAMPLE_RATE:
+        return None
+    return [wave[slice(*half)] for half in split_at_silence(wave, max_seconds=0.6 * len(wave) / SAMPLE_RATE)]

@@ -21,12 +21,15 @@ MIN_RATE, MAX_RATE = 1000, 384_000
 _BLOCK = 1 << 20  # samples read at a time
 
 
-def read_audio(source: str | Path | bytes | BinaryIO, target_rate: int = TARGET_RATE) -> tuple[np.ndarray, float]:
+def read_audio(
+    source: str | Path | bytes | BinaryIO, target_rate: int = TARGET_RATE, max_seconds: float | None = None
+) -> tuple[np.ndarray, float]:
     """Reads any format that libsndfile knows: WAV of any depth, FLAC, OGG, Opus, MP3, AIFF...
 
     Args:
         source: a path (pipes too), "-" for standard input, the bytes of a file, or a file opened in binary mode.
         target_rate: of the result, Hz.
+        max_seconds: a longer recording is refused as soon as that shows, however small its file is; None: any length.
 
     Returns:
         Mono fp32 samples at `target_rate`, and the recording's length in seconds.
@@ -44,6 +47,8 @@ def read_audio(source: str | Path | bytes | BinaryIO, target_rate: int = TARGET_
                 mono = block.mean(1)
                 check_samples(mono, name)
                 count += len(mono)
+                if max_seconds is not None and count > max_seconds * rate:
+                    raise AudioError(f"{name}: is longer than {max_seconds:g} seconds; cut it into parts.")
                 pieces.append(resampler.push(mono))
     except (soundfile.LibsndfileError, soundfile.SoundFileError) as error:
         reason = str(error).rsplit(": ", 1)[-1].rstrip(".")

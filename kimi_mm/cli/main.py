@@ -22,6 +22,7 @@ from kimi_mm.cli.prepare import prepare
 from kimi_mm.cli.report import report
 from kimi_mm.cli.resynth import resynth
 from kimi_mm.cli.say import say
+from kimi_mm.cli.serve import serve
 from kimi_mm.cli.tokenize import tokenize
 from kimi_mm.cli.train import train
 from kimi_mm.cli.transcribe import transcribe
@@ -42,6 +43,7 @@ app.command(cls=TurnsInOrder)(chat)
 app.command()(demo)
 app.command()(info)
 app.command()(convert)
+app.command()(serve)
 app.add_typer(eval_app, name="eval")
 app.command()(plan)
 app.command()(prepare)

@@ -10,7 +10,7 @@ BackboneCache
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,46 @@ class BackboneCache:
         index = torch.as_tensor(row_indices, dtype=torch.int64, device=self.lengths.device)
         return self._map(lambda tensor: tensor.index_select(0, index))
 
+    @staticmethod
+    def join(parts: Sequence[BackboneCache]) -> BackboneCache:
+        """Returns the rows of several caches of one model as one batch, in order.
+
+        Every row goes on as it would have alone; buffers are padded to the longest part.
+
+        Raises:
+            ValueError: if there are no parts, or they belong to different models.
+        """
+        if not parts:
+            raise ValueError("There are no caches to join.")
+        if len(parts) == 1:
+            return parts[0]
+        longest = max(part.max_length for part in parts)
+        layers: list[LayerState] = []
+        for states in zip(*(part.layers for part in parts), strict=True):
+            if len({type(state) for state in states}) > 1:
+                raise ValueError("The caches belong to different models.")
+            if isinstance(states[0], KDAState):
+                layers.append(
+                    KDAState(torch.cat([s.conv for s in states]), torch.cat([s.recurrent for s in states]))
+                )
+            else:
+                layers.append(SequenceState(torch.cat([_stretch(s.rows, longest) for s in states])))
+        ragged = any(part.ragged or part.max_length != longest for part in parts)
+        return BackboneCache(layers, torch.cat([part.lengths for part in parts]), longest, ragged)
+
+    def trim(self, max_length: int) -> BackboneCache:
+        """Returns a cache whose buffers end at `max_length` tokens, the most that any row still holds.
+
+        A batch that rows join and leave would otherwise stay as long as its longest row ever was. Only the host's
+        knowledge is used; the device is not read.
+        """
+        if max_length >= self.max_length:
+            return self
+        layers: list[LayerState] = [
+            SequenceState(_stretch(s.rows, max_length)) if isinstance(s, SequenceState) else s for s in self.layers
+        ]
+        return BackboneCache(layers, self.lengths, max_length, self.ragged)
+
     def to(self, device: torch.device | str) -> BackboneCache:
         """Returns the cache on another device."""
         return self._map(lambda tensor: tensor.to(device))
@@ -134,3 +174,12 @@ class BackboneCache:
         return BackboneCache(
             [layer.map(change) for layer in self.layers], change(self.lengths), self.max_length, self.ragged
         )
+
+
+def _stretch(rows: Tensor, length: int) -> Tensor:
+    """Cuts or pads rows [B, S, ...] to [B, length, ...]."""
+    if rows.shape[1] >= length:
+        return rows[:, :length].clone()
+    padded = rows.new_zeros(rows.shape[0], length, *rows.shape[2:])
+    padded[:, : rows.shape[1]] = rows
+    return padded

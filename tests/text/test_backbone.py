@@ -243,3 +243,45 @@ def test_contradictory_calls_are_refused():
     other = _model(trunk=(), text_branch=("mla/dense",), audio_branch=())
     with pytest.raises(CheckpointError, match=r"layers\.0\.conv"):
         model.new_cache(1).load_state_dict(other.new_cache(1).state_dict())
+
+
+def test_rows_join_and_leave_a_running_batch(model):
+    """Three rows that start at different times, share steps, and leave early each get what they get alone."""
+    x = torch.randn(3, 40, 32, dtype=torch.float64)
+    alone = []
+    for row in range(3):
+        cache = model.new_cache(1)
+        alone.append(torch.cat([_both(model(piece, cache=cache)) for piece in x[row, None].split(1, 1)], 1)[0])
+
+    def started(row: int, tokens: int):
+        cache = model.new_cache(1)
+        model(x[row, None, :tokens], lengths=torch.tensor([tokens]), cache=cache)
+        return cache
+
+    held = [20, 5, 11]
+    batch = type(started(0, 1)).join([started(0, 18)])
+    for at in (18, 19):
+        model(x[0, None, at : at + 1], cache=batch)
+    batch = type(batch).join([batch, started(1, held[1]), started(2, held[2])])
+    rows = [0, 1, 2]
+    for step in range(12):
+        if step == 4:  # the longest one leaves
+            rows = [2, 1]
+            batch = batch.select([2, 1]).trim(max(held[1], held[2]))
+            assert batch.max_length == held[2]
+        new = torch.stack([x[row, held[row]] for row in rows])[:, None]
+        out = _both(model(new, cache=batch))[:, 0]
+        for slot, row in enumerate(rows):
+            torch.testing.assert_close(out[slot], alone[row][held[row]])
+            held[row] += 1
+    assert batch.lengths.tolist() == [held[2], held[1]]
+    assert batch.trim(99) is batch
+    assert type(batch).join([batch]) is batch
+
+
+def test_caches_of_different_models_do_not_join(model):
+    other = _model(trunk=("gqa/dense",), text_branch=("gqa/dense",), audio_branch=("gqa/dense",))
+    with pytest.raises(ValueError, match="different models|zip"):
+        model.new_cache(1).join([model.new_cache(1), other.new_cache(1)])
+    with pytest.raises(ValueError, match="no caches"):
+        model.new_cache(1).join([])

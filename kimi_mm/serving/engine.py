@@ -1,0 +1,268 @@
+"""The engine: one thread owns the model; everything that wants it hands work in and gets events back.
+
+    handlers (event loop) ──► call(f)          one computation: tokenizing a recording, reading a picture
+                          ──► text(row)        a row of the running batch: ids as they are chosen
+                          ──► iterate(make)    an iterator of the model's own, advanced in turn: speech
+                                  │
+    engine thread:  calls ─► drop what was cancelled ─► admit what fits ─► one step of the batch ─► iterators ─┐
+                      ▲                                                                                        │
+                      └────────────────────────────────────────────────────────────────────────────────────────┘
+
+A `Ticket` is one piece of work as its asker sees it: an async iterator of events. Leaving it cancels the work, and the
+row's memory is free before the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from kimi_mm.errors import UserError
+from kimi_mm.pipeline import KimiMM
+from kimi_mm.serving.batch import Row, RunningBatch
+
+T = TypeVar("T")
+PREFILL_ROWS = 4  # prompts read together; those already decoding wait meanwhile
+AHEAD = 64  # events of an iterator that may wait for a slow reader
+
+_END = object()
+
+
+class EngineClosed(Exception):
+    """The engine is shutting down and takes no more work."""
+
+
+class Ticket(Generic[T]):
+    """Events of one piece of work, in order, up to its end."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.unread = 0
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        event = await self._events.get()
+        self.unread -= 1
+        if event is _END:
+            raise StopAsyncIteration
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def put(self, event: Any) -> None:
+        """Called by the engine's thread."""
+        if self.cancelled:
+            return
+        self.unread += 1
+        with contextlib.suppress(RuntimeError):  # the loop has gone, and with it the asker
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def end(self) -> None:
+        """Called by the engine's thread after the last event."""
+        self.put(_END)
+
+
+class Engine:
+    """Runs a model for many askers at once.
+
+    Args:
+        model: used by this engine's thread alone from now on.
+        cache_bytes: memory for the caches of rows that decode together.
+        max_rows: most of them.
+        threads: of torch on a CPU; None leaves one core to the handlers.
+    """
+
+    def __init__(
+        self, model: KimiMM, *, cache_bytes: int = 2**30, max_rows: int = 16, threads: int | None = None
+    ) -> None:
+        self.model, self.threads = model, threads
+        self.batch = RunningBatch(model, cache_bytes, max_rows)
+        self.steps = self.tokens = 0
+        self._wake = threading.Condition()
+        self._calls: collections.deque[tuple[Callable[[], Any], Ticket[Any]]] = collections.deque()
+        self._waiting: collections.deque[tuple[Row, Ticket[Any]]] = collections.deque()
+        self._tickets: dict[int, Ticket[Any]] = {}  # of running rows, by id(row)
+        self._iterators: list[tuple[Iterator[Any], Ticket[Any]]] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="kimi-mm-engine", daemon=True)
+        self._thread.start()
+
+    # ---- what handlers call, on the event loop -----------------------------------------------------------------
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Runs one computation on the engine's thread and returns its result; a cancelled one is not started."""
+        async with self._hand_in(lambda ticket: self._calls.append((work, ticket))) as ticket:
+            return await ticket.__anext__()
+
+    def text(self, row: Row) -> contextlib.AbstractAsyncContextManager[Ticket[int]]:
+        """Opens a row: a ticket of its ids; when they end, `row.stop_reason` says why.
+
+        Raises:
+            UserError: the row is larger than all the memory there is for rows.
+        """
+        if not self.batch.fits(row, []):
+            raise UserError(
+                f"the conversation of {len(row.prompt)} positions and its answer need more memory than the server "
+                "gives to one; shorten it, or ask for fewer tokens."
+            )
+        return self._hand_in(lambda ticket: self._waiting.append((row, ticket)))
+
+    def iterate(self, make: Callable[[], Iterator[T]]) -> contextlib.AbstractAsyncContextManager[Ticket[T]]:
+        """Opens an iterator of the model's: it is made and advanced on the engine's thread, between steps."""
+        return self._hand_in(lambda ticket: self._iterators.append((_made(make), ticket)))
+
+    @contextlib.asynccontextmanager
+    async def _hand_in(self, put: Callable[[Ticket[T]], None]) -> AsyncIterator[Ticket[T]]:
+        ticket: Ticket[T] = Ticket()
+        with self._wake:
+            if self._closed:
+                raise EngineClosed("the server is shutting down.")
+            put(ticket)
+            self._wake.notify()
+        try:
+            yield ticket
+        finally:
+            ticket.cancelled = True
+            with self._wake:
+                self._wake.notify()
+
+    def close(self) -> None:
+        """Ends the thread; whatever is still open gets `EngineClosed`."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def running(self) -> int:
+        """Rows and iterators at work."""
+        return len(self.batch.rows) + len(self._iterators)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait for room, and computations that wait for their turn."""
+        return len(self._waiting) + len(self._calls)
+
+    # ---- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        # OpenMP counts threads for every thread that calls it, so this must be said here.
+        torch.set_num_threads(self.threads or max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+        while True:
+            with self._wake:
+                self._wake.wait_for(self._has_work)
+                if self._closed:
+                    break
+                call = self._calls.popleft() if self._calls else None
+                self._leave()
+                admitted = self._next_rows()
+            if call is not None:
+                self._answer(*call)
+            if admitted:
+                self._admit(admitted)
+            if self.batch.rows:
+                self._step()
+            for pair in list(self._iterators):
+                self._advance(*pair)
+        self._refuse_all()
+
+    def _has_work(self) -> bool:
+        if self._closed or self._calls or self._waiting or self.batch.rows:
+            return True
+        return any(ticket.cancelled or ticket.unread < AHEAD for _, ticket in self._iterators)
+
+    def _leave(self) -> None:
+        """Frees everything whose asker has gone."""
+        gone = [row for row in self.batch.rows if self._tickets[id(row)].cancelled]
+        self.batch.drop(gone)
+        for row in gone:
+            del self._tickets[id(row)]
+        self._waiting = collections.deque(pair for pair in self._waiting if not pair[1].cancelled)
+        for iterator, ticket in [pair for pair in self._iterators if pair[1].cancelled]:
+            self._iterators.remove((iterator, ticket))
+            iterator.close()  # type: ignore[attr-defined]
+
+    def _next_rows(self) -> list[tuple[Row, Ticket[Any]]]:
+        """Takes the first waiting rows for which there is room; none overtakes another."""
+        admitted: list[tuple[Row, Ticket[Any]]] = []
+        while self._waiting and len(admitted) < PREFILL_ROWS:
+            running = [*self.batch.rows, *(row for row, _ in admitted)]
+            if not self.batch.fits(self._waiting[0][0], running):
+                break
+            admitted.append(self._waiting.popleft())
+        return admitted
+
+    def _admit(self, admitted: list[tuple[Row, Ticket[Any]]]) -> None:
+        try:
+            self.batch.admit([row for row, _ in admitted])
+            self._tickets.update((id(row), ticket) for row, ticket in admitted)
+        except Exception as error:
+            if len(admitted) == 1:
+                admitted[0][1].put(error)
+                return
+            for pair in admitted:  # one of them is at fault, and only that one shall suffer
+                self._admit([pair])
+
+    def _step(self) -> None:
+        try:
+            news = self.batch.step()
+        except Exception as error:
+            for row in list(self.batch.rows):
+                self._tickets.pop(id(row)).put(error)
+            self.batch.drop(list(self.batch.rows))
+            return
+        self.steps += 1
+        for row, token in news:
+            ticket = self._tickets[id(row)]
+            if token is not None:
+                self.tokens += 1
+                ticket.put(token)
+            if row.stop_reason is not None:
+                ticket.end()
+                del self._tickets[id(row)]
+
+    def _advance(self, iterator: Iterator[Any], ticket: Ticket[Any]) -> None:
+        if ticket.unread >= AHEAD:
+            return
+        try:
+            ticket.put(next(iterator))
+        except StopIteration:
+            ticket.end()
+            self._iterators.remove((iterator, ticket))
+        except Exception as error:
+            ticket.put(error)
+            self._iterators.remove((iterator, ticket))
+
+    @staticmethod
+    def _answer(work: Callable[[], Any], ticket: Ticket[Any]) -> None:
+        if ticket.cancelled:
+            return
+        try:
+            ticket.put(work())
+        except Exception as error:
+            ticket.put(error)
+
+    def _refuse_all(self) -> None:
+        error = EngineClosed("the server is shutting down.")
+        tickets = [*self._tickets.values(), *(t for _, t in self._calls)]
+        for ticket in [*tickets, *(t for _, t in self._waiting), *(t for _, t in self._iterators)]:
+            ticket.put(error)
+        self.batch.drop(list(self.batch.rows))
+        self._tickets.clear()
+        self._iterators.clear()
+
+
+def _made(make: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """Puts the making of an iterator off until it is first advanced, which is on the engine's thread."""
+    yield from make()

@@ -1,0 +1,47 @@
+"""Every knob of the server, with defaults that suit two CPU cores and the shipped model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kimi_mm.config_base import Config, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(Config):
+    """Limits, time-outs in seconds, and who may ask."""
+
+    model: str = "nano"  # a shipped model's name or a checkpoint folder
+    device: str = "cpu"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    threads: int | None = None  # of torch on a CPU; None leaves one core to the handlers
+    # Who may ask. Loopback names, IP addresses and `host` itself are always known; "*" allows any name or origin.
+    allow_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    # How much.
+    max_body_mib: int = 32
+    max_bodies_mib: int = 256  # of all requests together
+    max_audio_seconds: float = 7200.0
+    max_pixels: int = 25_000_000  # of one picture
+    max_images: int = 16
+    max_clips: int = 16
+    max_parts: int = 256  # of all messages together
+    max_prompt: int = 8192  # positions
+    max_tokens: int = 1024  # of one answer
+    # How many at a time. Beyond `max_requests` they wait, beyond `max_waiting` they get 429.
+    max_requests: int = 16
+    max_waiting: int = 32
+    max_rows: int = 16  # that decode together
+    cache_mib: int = 1024  # for their caches
+    max_connections: int = 512
+    max_sessions: int = 8  # realtime
+    # How long.
+    header_seconds: float = 10.0  # for the request line and headers
+    body_seconds: float = 20.0  # between two pieces of a body
+    upload_seconds: float = 120.0  # for a whole body
+    request_seconds: float = 300.0  # from the whole body to the end of the answer
+    shutdown_seconds: int = 20
+
+    def __post_init__(self) -> None:
+        positive(self)
