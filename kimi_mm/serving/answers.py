@@ -1,9 +1,9 @@
 """How an answer is made: it waits for its turn, has so much time, and stops when its asker leaves.
 
-    gate ─► work ──────────────► response
-             │ emit(event) ... ─► server-sent events; the status goes out with the first one, so that whatever fails
-             ▼                    before it still gets a status of its own
-    the asker leaves, or time is up: the work is cancelled, and what it held in the engine is free
+gate ─► work ──────────────► response
+         │ emit(event) ... ─► server-sent events; the status goes out with the first one, so that whatever fails
+         ▼                    before it still gets a status of its own
+the asker leaves, or time is up: the work is cancelled, and what it held in the engine is free
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The server's routes put together.
 
-    connection ─► Timed ─► CORS (when asked for) ─► Guard ─► route ─► Answers ─► Engine
+connection ─► Timed ─► CORS (when asked for) ─► Guard ─► route ─► Answers ─► Engine
 """
 
 from __future__ import annotations

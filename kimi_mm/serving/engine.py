@@ -42,18 +42,26 @@ class EngineClosed(Exception):
 class Ticket(Generic[T]):
     """Events of one piece of work, in order, up to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, wake: Callable[[], None]) -> None:
         self.cancelled = False
-        self.unread = 0
+        self._wake = wake
+        self._put = self._read = 0  # each is counted by one thread alone
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
+
+    @property
+    def unread(self) -> int:
+        """Events that wait for the reader."""
+        return self._put - self._read
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
 
     async def __anext__(self) -> T:
         event = await self._events.get()
-        self.unread -= 1
+        self._read += 1
+        if self.unread == AHEAD - 1:
+            self._wake()
         if event is _END:
             raise StopAsyncIteration
         if isinstance(event, BaseException):
@@ -64,7 +72,7 @@ class Ticket(Generic[T]):
         """Called by the engine's thread."""
         if self.cancelled:
             return
-        self.unread += 1
+        self._put += 1
         with contextlib.suppress(RuntimeError):  # the loop has gone, and with it the asker
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -124,7 +132,7 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def _hand_in(self, put: Callable[[Ticket[T]], None]) -> AsyncIterator[Ticket[T]]:
-        ticket: Ticket[T] = Ticket()
+        ticket: Ticket[T] = Ticket(self._notify)
         with self._wake:
             if self._closed:
                 raise EngineClosed("the server is shutting down.")
@@ -134,8 +142,11 @@ class Engine:
             yield ticket
         finally:
             ticket.cancelled = True
-            with self._wake:
-                self._wake.notify()
+            self._notify()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
     def close(self) -> None:
         """Ends the thread; whatever is still open gets `EngineClosed`."""

@@ -101,7 +101,9 @@ class Guard:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            given = next((p[len(KEY_PROTOCOL) :] for p in scope.get("subprotocols", ()) if p.startswith(KEY_PROTOCOL)), "")
+            given = next(
+                (p[len(KEY_PROTOCOL) :] for p in scope.get("subprotocols", ()) if p.startswith(KEY_PROTOCOL)), ""
+            )
         if not given:
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
         if not hmac.compare_digest(given.strip().encode(), self.api_key.encode()):

@@ -9,7 +9,7 @@ The result is that of `KimiMM.transcribe`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import numpy as np
@@ -49,7 +49,7 @@ async def transcribe(engine: Engine, wave: np.ndarray, seconds: float) -> Transc
     return _transcript(pieces, texts, seconds)
 
 
-async def transcribe_stream(engine: Engine, wave: np.ndarray, seconds: float) -> AsyncIterator[str | Transcript]:
+async def transcribe_stream(engine: Engine, wave: np.ndarray, seconds: float) -> AsyncGenerator[str | Transcript, None]:
     """Yields text as it is recognised, and at last the `Transcript`, whose text is all of it.
 
     What was said cannot be taken back, so a piece that runs away ends where it began to repeat itself.
@@ -99,7 +99,7 @@ async def _hear(engine: Engine, wave: np.ndarray, retry: bool = True) -> str:
     return engine.model.processor.tokenizer.decode(row.ids)
 
 
-async def _hear_stream(engine: Engine, wave: np.ndarray) -> AsyncIterator[str]:
+async def _hear_stream(engine: Engine, wave: np.ndarray) -> AsyncGenerator[str, None]:
     pieces = TextPieces(engine.model.processor.tokenizer)
     async with engine.text(await _row(engine, wave)) as ids:
         async for token in ids:

@@ -18,14 +18,18 @@ class Metrics:
 
     def __init__(self, engine: Engine, gate: Gate) -> None:
         self.registry = CollectorRegistry()
-        kwargs = {"registry": self.registry}
-        self.requests = Counter("kimi_mm_requests", "Answered requests", ["route", "status"], **kwargs)
-        self.seconds = Histogram("kimi_mm_request_seconds", "Whole answers", ["route"], buckets=SECONDS, **kwargs)
-        self.first = Histogram(
-            "kimi_mm_first_output_seconds", "Until the first piece of a streamed answer", buckets=SECONDS, **kwargs
+        self.requests = Counter("kimi_mm_requests", "Answered requests", ["route", "status"], registry=self.registry)
+        self.seconds = Histogram(
+            "kimi_mm_request_seconds", "Whole answers", ["route"], buckets=SECONDS, registry=self.registry
         )
-        self.audio = Counter("kimi_mm_audio_seconds", "Seconds of sound taken in", **kwargs)
-        self.sessions = Gauge("kimi_mm_realtime_sessions", "Open realtime sessions", **kwargs)
+        self.first = Histogram(
+            "kimi_mm_first_output_seconds",
+            "Until the first piece of a streamed answer",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.audio = Counter("kimi_mm_audio_seconds", "Seconds of sound taken in", registry=self.registry)
+        self.sessions = Gauge("kimi_mm_realtime_sessions", "Open realtime sessions", registry=self.registry)
         for name, text, read in (
             ("kimi_mm_rows_running", "Rows and voices at work", lambda: engine.running),
             ("kimi_mm_rows_waiting", "Rows that wait for room", lambda: engine.waiting),
@@ -35,7 +39,7 @@ class Metrics:
             ("kimi_mm_steps", "Steps of the running batch since the start", lambda: engine.steps),
             ("kimi_mm_tokens", "Text ids chosen since the start", lambda: engine.tokens),
         ):
-            Gauge(name, text, **kwargs).set_function(read)
+            Gauge(name, text, registry=self.registry).set_function(read)
 
     def render(self) -> bytes:
         """Returns the page."""

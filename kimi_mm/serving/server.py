@@ -1,7 +1,7 @@
 """The process: bind, load, serve, and stop cleanly.
 
-    bind ─► load the model, while the web framework is imported ─► listen ─► "ready" ─► SIGTERM ─► refuse those who
-    wait, finish those inside ─► stop
+bind ─► load the model, while the web framework is imported ─► listen ─► "ready" ─► SIGTERM ─► refuse those who
+wait, finish those inside ─► stop
 """
 
 from __future__ import annotations

@@ -44,4 +44,4 @@ class ServeConfig(Config):
     shutdown_seconds: int = 20
 
     def __post_init__(self) -> None:
-        positive(self)
+        positive(self.replace(port=1) if self.port == 0 else self)  # port 0 takes a free one

@@ -63,7 +63,9 @@ def routes(service: Service) -> APIRouter:
         data = await file.read()
 
         async def whole() -> Response:
-            return _response(service, await transcribe(service.engine, *await service.read_audio(data)), response_format)
+            return _response(
+                service, await transcribe(service.engine, *await service.read_audio(data)), response_format
+            )
 
         async def events(emit: Emit) -> None:
             wave, seconds = await service.read_audio(data)

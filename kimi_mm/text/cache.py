@@ -117,9 +117,7 @@ class BackboneCache:
             if len({type(state) for state in states}) > 1:
                 raise ValueError("The caches belong to different models.")
             if isinstance(states[0], KDAState):
-                layers.append(
-                    KDAState(torch.cat([s.conv for s in states]), torch.cat([s.recurrent for s in states]))
-                )
+                layers.append(KDAState(torch.cat([s.conv for s in states]), torch.cat([s.recurrent for s in states])))
             else:
                 layers.append(SequenceState(torch.cat([_stretch(s.rows, longest) for s in states])))
         ragged = any(part.ragged or part.max_length != longest for part in parts)

@@ -1,4 +1,4 @@
-"""Real servers in processes of their own, on loopback: the shipped model, and a tiny untrained one with every ability."""
+"""Real servers in processes of their own, on loopback: the shipped model, and a tiny one with every ability."""
 
 from __future__ import annotations
 

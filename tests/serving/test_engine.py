@@ -1,4 +1,4 @@
-"""The engine: rows that share steps get what they get alone; leaving frees at once; room is asked before it is taken."""
+"""The engine: rows that share steps get what they get alone; leaving frees at once; rows wait for room."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_rows_get_what_they_get_alone(able, engine):
 
     async def together() -> list[Row]:
         rows = [
-            Row(prompt(able, text), TextSampling(max_tokens=budget)) for text, budget in zip(TEXTS, budgets, strict=True)
+            Row(prompt(able, text), TextSampling(max_tokens=budget))
+            for text, budget in zip(TEXTS, budgets, strict=True)
         ]
 
         async def late(number: int) -> None:

@@ -1,4 +1,4 @@
-"""/v1/audio/transcriptions by the official client: every form, streams, many at once, bad recordings, start and stop."""
+"""/v1/audio/transcriptions by the official client: forms, streams, many at once, bad recordings, start and stop."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def test_rows_join_and_leave_a_running_batch(model):
 
 def test_caches_of_different_models_do_not_join(model):
     other = _model(trunk=("gqa/dense",), text_branch=("gqa/dense",), audio_branch=("gqa/dense",))
-    with pytest.raises(ValueError, match="different models|zip"):
+    with pytest.raises(ValueError, match=r"different models|zip"):
         model.new_cache(1).join([model.new_cache(1), other.new_cache(1)])
     with pytest.raises(ValueError, match="no caches"):
         model.new_cache(1).join([])
