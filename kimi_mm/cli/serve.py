@@ -1,4 +1,4 @@
-"""`kimi-mm serve`: the model behind OpenAI's API, and a page to talk to it."""
+"""`kimi-mm serve`: the model behind OpenAI's API."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def serve(
         Path | None, typer.Option(metavar="YAML", help="Limits and time-outs; see docs/serving.md.")
     ] = None,
 ) -> None:
-    """Serve the model behind OpenAI's API, with a web page."""
+    """Serve the model behind OpenAI's API."""
     from kimi_mm.serving.settings import ServeConfig
 
     settings = ServeConfig() if config is None else ServeConfig.from_yaml(config)

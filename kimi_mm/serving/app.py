@@ -22,7 +22,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     Args:
         service: from `Service.of`; the caller closes its engine.
-        api_key: asked of every request but for the page and /health; None: nobody is asked.
+        api_key: asked of every request but for /health; None: nobody is asked.
     """
     app = FastAPI(
         title="kimi_mm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 from typing import Any
 
 import uvicorn
@@ -57,11 +58,22 @@ class Connection(H11Protocol):
 
 
 class GatedServer(uvicorn.Server):
-    """Closes the gate when it is told to stop: those inside finish, those who wait are refused."""
+    """Says when it listens, and closes the gate when it is told to stop: those inside finish, the others are refused.
 
-    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+    Args:
+        config: of uvicorn.
+        gate: of the service.
+        ready: printed to stderr as soon as connections are taken.
+    """
+
+    def __init__(self, config: uvicorn.Config, gate: Gate, ready: str) -> None:
         super().__init__(config)
-        self.gate = gate
+        self.gate, self.ready = gate, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            print(self.ready, file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.gate.close()

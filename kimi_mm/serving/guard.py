@@ -20,8 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kimi_mm.serving.problems import ApiError, response_of
 from kimi_mm.serving.settings import ServeConfig
 
-OPEN_PATHS = ("/", "/health", "/favicon.ico")  # and /static: the page itself holds no secret
-KEY_PROTOCOL = "openai-insecure-api-key."  # how browsers, which cannot set headers, hand a key to a WebSocket
+OPEN_PATHS = ("/health",)
 
 
 class Guard:
@@ -30,7 +29,7 @@ class Guard:
     Args:
         app: what is guarded.
         config: limits, allowed hosts and origins.
-        api_key: asked of every request but for the page and /health; None: nobody is asked.
+        api_key: asked of every request but for /health; None: nobody is asked.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, api_key: str | None = None) -> None:
@@ -97,13 +96,11 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]
-        if self.api_key is None or path in OPEN_PATHS or path.startswith("/static/"):
+        if self.api_key is None or path in OPEN_PATHS:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            given = next(
-                (p[len(KEY_PROTOCOL) :] for p in scope.get("subprotocols", ()) if p.startswith(KEY_PROTOCOL)), ""
-            )
+            given = ""
         if not given:
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
         if not hmac.compare_digest(given.strip().encode(), self.api_key.encode()):

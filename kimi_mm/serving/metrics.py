@@ -29,7 +29,6 @@ class Metrics:
             registry=self.registry,
         )
         self.audio = Counter("kimi_mm_audio_seconds", "Seconds of sound taken in", registry=self.registry)
-        self.sessions = Gauge("kimi_mm_realtime_sessions", "Open realtime sessions", registry=self.registry)
         for name, text, read in (
             ("kimi_mm_rows_running", "Rows and voices at work", lambda: engine.running),
             ("kimi_mm_rows_waiting", "Rows that wait for room", lambda: engine.waiting),

@@ -91,7 +91,7 @@ def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
 def _sentence(error: HTTPException) -> str:
     detail = str(error.detail).rstrip(".")
     if error.status_code == 404:
-        return "there is nothing at this address; the API is described at /docs."
+        return "there is nothing at this address; the API is described at /openapi.json."
     if error.status_code == 405:
         return "this address does not take this method."
     return f"{detail[:1].lower()}{detail[1:]}."

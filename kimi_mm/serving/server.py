@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 import threading
 from typing import Any
 
@@ -45,9 +44,9 @@ def serve(config: ServeConfig, api_key: str | None = None) -> None:
     )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"kimi-mm: '{service.model_id}' is ready at http://{shown}:{port}", file=sys.stderr, flush=True)
+    ready = f"kimi-mm: '{service.model_id}' is ready at http://{shown}:{port}"
     try:
-        asyncio.run(GatedServer(settings, service.gate).serve(sockets=[listener]))
+        asyncio.run(GatedServer(settings, service.gate, ready).serve(sockets=[listener]))
     finally:
         service.engine.close()
         listener.close()

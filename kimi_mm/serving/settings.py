@@ -23,19 +23,12 @@ class ServeConfig(Config):
     max_body_mib: int = 32
     max_bodies_mib: int = 256  # of all requests together
     max_audio_seconds: float = 7200.0
-    max_pixels: int = 25_000_000  # of one picture
-    max_images: int = 16
-    max_clips: int = 16
-    max_parts: int = 256  # of all messages together
-    max_prompt: int = 8192  # positions
-    max_tokens: int = 1024  # of one answer
     # How many at a time. Beyond `max_requests` they wait, beyond `max_waiting` they get 429.
     max_requests: int = 16
     max_waiting: int = 32
     max_rows: int = 16  # that decode together
     cache_mib: int = 1024  # for their caches
     max_connections: int = 512
-    max_sessions: int = 8  # realtime
     # How long.
     header_seconds: float = 10.0  # for the request line and headers
     body_seconds: float = 20.0  # between two pieces of a body
