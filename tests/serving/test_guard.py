@@ -32,6 +32,7 @@ def test_who_may_ask(tiny, path, headers, status):
 
 
 def pieces(count: int):
+    yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
     for _ in range(count):
         yield b"x" * 65536
 
