@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                                   the table, about a minute on one H100 without fla
     python -m benchmarks.kernels --ops kda_forward,moe_forward --json out.json --picture docs/kernels.png
+    python -m benchmarks.kernels --warm 12                         compiles in 12 processes first: minutes less with fla
     python -m benchmarks.kernels --sweep moe_forward               tries other block sizes for one operation
     python -m benchmarks.kernels --debug                           tiny sizes on a CPU, the references only
 
@@ -25,6 +26,7 @@ import torch
 from benchmarks.kernel_accuracy import kda_errors
 from benchmarks.kernel_cases import CASES, COLUMNS, Case
 from benchmarks.kernel_sweep import sweep
+from benchmarks.kernel_warm import warm
 from benchmarks.timing import Ceilings, Timer, measure_ceilings, peak_mib
 
 KDA_SHAPES = [(1, 1000, 2, 128, 128), (1, 500, 2, 128, 64)]  # B, T, H, K, V of the accuracy table
@@ -37,8 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--columns", default=",".join(COLUMNS), help="comma-separated, of ours, fla, reference")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--picture", type=Path, help="draw ours, fla's and the floor into this file")
+    parser.add_argument(
+        "--warm", type=int, default=0, metavar="N", help="compile in N processes before anything is timed"
+    )
     parser.add_argument("--sweep", choices=CASES, metavar="OP", help="search better block sizes for one operation")
-    parser.add_argument("--seconds", type=float, default=240.0, help="how long a sweep may take")
+    parser.add_argument("--seconds", type=float, default=240.0, help="how long a sweep, or --warm, may take")
     parser.add_argument("--debug", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args(arguments)
     names, columns = _names(parser, options.ops, CASES), _names(parser, options.columns, COLUMNS)
@@ -55,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
         sweep(CASES[options.sweep](device), timer, ceilings, options.seconds)
         return
     columns = _present(columns, device)
+    if options.warm:
+        warm(options.warm, names, columns, device, options.seconds)
 
     results: dict[str, Any] = {
         "device": name,

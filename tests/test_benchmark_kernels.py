@@ -1,6 +1,9 @@
 """The kernel benchmark at tiny sizes on a CPU."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +67,16 @@ def test_sweep_keeps_what_is_faster(monkeypatch, capsys):
     kernel_sweep.sweep(case, Fake("cpu"), Ceilings(1.0, 1.0), 60.0)
     assert tables == {"used": {"rows": 8}, "unused": {"rows": 4}}
     assert "fake.CONFIGS['used'] = {'rows': 8}" in capsys.readouterr().out
+
+
+def test_warm_processes_run_every_operation_and_end(tmp_path):
+    kernels.main(["--debug", "--warm", "2", "--ops", "kda_decode", "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["rows"]["kda_decode"]["columns"]["reference"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernel_warm", "cpu", "reference", "kda_decode,attn_res_forward", "2", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert (done.returncode, done.stderr) == (0, "")
