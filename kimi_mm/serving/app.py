@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from kimi_mm import __version__
-from kimi_mm.serving import problems, transcriptions
+from kimi_mm.serving import page, problems, transcriptions
 from kimi_mm.serving.guard import Guard
 from kimi_mm.serving.metrics import Timed
 from kimi_mm.serving.service import Service
@@ -22,7 +22,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     Args:
         service: from `Service.of`; the caller closes its engine.
-        api_key: asked of every request but for /health; None: nobody is asked.
+        api_key: asked of every request but for /health and the page's own files; None: nobody is asked.
     """
     app = FastAPI(
         title="kimi_mm",
@@ -35,8 +35,9 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     problems.install(app)
     _add_status(app, service)
     app.include_router(transcriptions.routes(service))
+    app.include_router(page.routes(service))
     # The one added last stands outermost.
-    app.add_middleware(Guard, config=service.config, api_key=api_key)
+    app.add_middleware(Guard, config=service.config, api_key=api_key, open_paths=("/health", *page.assets()))
     if service.config.allow_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.config.allow_origins, allow_methods=["*"], allow_headers=["*"]

@@ -12,6 +12,7 @@ import asyncio
 import hmac
 import ipaddress
 import time
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -20,8 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kimi_mm.serving.problems import ApiError, response_of
 from kimi_mm.serving.settings import ServeConfig
 
-OPEN_PATHS = ("/health",)
-
 
 class Guard:
     """ASGI middleware with the checks above.
@@ -29,11 +28,18 @@ class Guard:
     Args:
         app: what is guarded.
         config: limits, allowed hosts and origins.
-        api_key: asked of every request but for /health; None: nobody is asked.
+        api_key: asked of every request; None: nobody is asked.
+        open_paths: need no key.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, api_key: str | None = None) -> None:
-        self.app, self.config, self.api_key = app, config, api_key
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        api_key: str | None = None,
+        open_paths: Collection[str] = ("/health",),
+    ) -> None:
+        self.app, self.config, self.api_key, self.open_paths = app, config, api_key, frozenset(open_paths)
         self.held = 0  # bytes of all bodies that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +102,7 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]
-        if self.api_key is None or path in OPEN_PATHS:
+        if self.api_key is None or path in self.open_paths:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":

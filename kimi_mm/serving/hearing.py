@@ -49,8 +49,10 @@ async def transcribe(engine: Engine, wave: np.ndarray, seconds: float) -> Transc
     return _transcript(pieces, texts, seconds)
 
 
-async def transcribe_stream(engine: Engine, wave: np.ndarray, seconds: float) -> AsyncGenerator[str | Transcript, None]:
-    """Yields text as it is recognised, and at last the `Transcript`, whose text is all of it.
+async def transcribe_stream(
+    engine: Engine, wave: np.ndarray, seconds: float
+) -> AsyncGenerator[str | Segment | Transcript, None]:
+    """Yields text as it is recognised, each `Segment` when its text is whole, and at last the `Transcript` of them all.
 
     What was said cannot be taken back, so a piece that runs away ends where it began to repeat itself.
     """
@@ -70,7 +72,7 @@ async def transcribe_stream(engine: Engine, wave: np.ndarray, seconds: float) ->
 
     tasks = [asyncio.create_task(one(number)) for number in range(len(pieces))]
     try:
-        for queue in ahead:
+        for piece, queue in zip(pieces, ahead, strict=True):
             text = ""
             while (news := await queue.get()) is not None:
                 if isinstance(news, BaseException):
@@ -78,6 +80,8 @@ async def transcribe_stream(engine: Engine, wave: np.ndarray, seconds: float) ->
                 yield (" " if not text and any(texts) else "") + news
                 text += news
             texts.append(text)
+            for segment in _transcript([piece], [text], seconds).segments:
+                yield segment
     finally:
         await _stop(tasks)
     yield _transcript(pieces, texts, seconds)

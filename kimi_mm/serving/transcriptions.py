@@ -1,7 +1,7 @@
 """POST /v1/audio/transcriptions, as OpenAI's: json, text, verbose_json, srt, vtt, or a stream of events.
 
 `language`, `prompt` and `temperature` are taken and change nothing: the models decode greedily and hear what they were
-trained on.
+trained on. A stream that is asked for times of segments also has events transcript.text.segment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kimi_mm.serving.answers import Emit, sse
 from kimi_mm.serving.hearing import transcribe, transcribe_stream
 from kimi_mm.serving.problems import ApiError
 from kimi_mm.serving.service import Service
-from kimi_mm.types import Transcript
+from kimi_mm.types import Segment, Transcript
 
 
 class ResponseFormat(str, enum.Enum):
@@ -68,11 +68,16 @@ def routes(service: Service) -> APIRouter:
             )
 
         async def events(emit: Emit) -> None:
+            count = 0
             wave, seconds = await service.read_audio(data)
             async with aclosing(transcribe_stream(service.engine, wave, seconds)) as news:
                 async for item in news:
                     if isinstance(item, str):
                         await emit(_event({"type": "transcript.text.delta", "delta": item}))
+                    elif isinstance(item, Segment):
+                        if timestamp_granularities:
+                            await emit(_event({"type": "transcript.text.segment", **_span(count, item), "speaker": ""}))
+                        count += 1
                     else:
                         done = {"type": "transcript.text.done", "text": item.text, "usage": _usage(item)}
                         await emit(_event(done))
@@ -95,10 +100,7 @@ def _response(service: Service, transcript: Transcript, form: ResponseFormat) ->
     encode = service.model.processor.tokenizer.encode
     segments = [
         {
-            "id": number,
-            "start": round(segment.start, 3),
-            "end": round(segment.end, 3),
-            "text": segment.text,
+            **_span(number, segment),
             "tokens": encode(segment.text),
             "temperature": 0.0,
         }
@@ -113,6 +115,15 @@ def _response(service: Service, transcript: Transcript, form: ResponseFormat) ->
             "usage": _usage(transcript),
         }
     )
+
+
+def _span(number: int, segment: Segment) -> dict[str, Any]:
+    return {
+        "id": number,
+        "start": round(segment.start, 3),
+        "end": round(segment.end, 3),
+        "text": segment.text,
+    }
 
 
 def _usage(transcript: Transcript) -> dict[str, Any]:

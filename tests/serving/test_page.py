@@ -1,0 +1,257 @@
+"""The page: its files and headers by HTTP; what a visitor does, in a headless Chromium with a fed microphone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import requests
+import soundfile
+
+from kimi_mm.audio.io import read_audio
+from kimi_mm.cli.demo import CLIPS, read_clips
+from kimi_mm.evaluation.wer import word_error_rate
+from kimi_mm.serving.page import SAMPLE, STATIC, assets
+from tests.serving.conftest import KEY
+
+CLIP = max(read_clips(), key=lambda clip: -abs(clip["seconds"] - 4.6))
+FILES = [address for address in assets() if address != "/static/sample.flac"]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.lower())
+
+
+@pytest.mark.parametrize("address", sorted(assets()))
+def test_files_come_with_a_tag_and_a_policy(tiny, address):
+    answer = requests.get(tiny.url + address, timeout=20)
+    assert answer.status_code == 200
+    assert answer.content == assets()[address].data
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    again = requests.get(tiny.url + address, headers={"If-None-Match": answer.headers["ETag"]}, timeout=20)
+    assert (again.status_code, again.content) == (304, b"")
+    assert requests.get(tiny.url + address, headers={"If-None-Match": '"old"'}, timeout=20).status_code == 200
+
+
+def test_nothing_comes_from_elsewhere():
+    known = {*assets(), "/v1/models", "/v1/audio/codes", "/v1/audio/transcriptions", "/openapi.json"}
+    for address in FILES:
+        text = assets()[address].data.decode()
+        text = text.replace("http://www.w3.org/2000/svg", "").replace("https://creativecommons.org/licenses/", "")
+        assert "://" not in text, address
+        assert set(re.findall(r'["(](/[\w/.]+)["(]', text)) <= known, address
+    assert not re.search(r"<style|style=|\son\w+=", (STATIC / "index.html").read_text(encoding="utf-8"))
+
+
+def test_codes_are_those_of_the_tokenizer(nano):
+    import kimi_mm
+
+    answer = requests.post(f"{nano.url}/v1/audio/codes", files={"file": SAMPLE.read_bytes()}, timeout=60).json()
+    wave, seconds = read_audio(SAMPLE)
+    assert answer["duration"] == pytest.approx(seconds, abs=0.001)
+    assert answer["seconds_per_code"] == 0.08
+    tokenizer = kimi_mm.load("nano").tokenizer
+    for piece in answer["pieces"]:
+        start, end = round(piece["start"] * 16_000), round(piece["end"] * 16_000)
+        assert piece["codes"] == tokenizer.encode(wave[start:end], 16_000).codes.tolist()
+    refused = requests.post(f"{nano.url}/v1/audio/codes", files={"file": b"no sound"}, timeout=20)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_segments_come_with_a_stream_that_asks_for_times(nano):
+    options = {"model": "nano", "file": ("clip.flac", SAMPLE.read_bytes()), "stream": True}
+    plain = list(nano.client().audio.transcriptions.create(**options))
+    timed = list(nano.client().audio.transcriptions.create(**options, timestamp_granularities=["segment"]))
+    spans = [event for event in timed if event.type == "transcript.text.segment"]
+    assert [event.type for event in plain] == [event.type for event in timed if event not in spans]
+    assert " ".join(event.text for event in spans) == timed[-1].text == plain[-1].text
+    assert [int(event.id) for event in spans] == list(range(len(spans)))
+    assert all(0 <= event.start < event.end for event in spans)
+
+
+class Browser:
+    """A Chromium whose microphone hears CLIP."""
+
+    def __init__(self, driver) -> None:
+        self.driver = driver
+
+    def open(self, url: str, width: int = 1100, height: int = 1000, dark: bool = False) -> None:
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get(url)
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements("css selector", selector)
+
+    def at(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def until(self, true: Callable[[], object], seconds: float = 15.0) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, seconds, 0.05).until(lambda _: true())
+
+    def ready(self) -> None:
+        self.until(lambda: self.at("#record").is_enabled())
+
+    def heard(self) -> str:
+        """Waits for the newest turn's end and returns its text."""
+        self.until(lambda: self.all(".turn:first-child .times:not([hidden])"))
+        return " ".join(line.text for line in self.all(".turn:first-child .segment span"))
+
+    def overflow(self) -> int:
+        return self.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+
+    def complaints(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra 'dev'")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver on PATH")
+    spoken = tmp_path_factory.mktemp("microphone") / "spoken.wav"
+    wave, rate = soundfile.read(CLIPS / CLIP["file"])
+    soundfile.write(spoken, np.concatenate([np.zeros(rate // 4), wave, np.zeros(30 * rate)]), rate, subtype="PCM_16")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--autoplay-policy=no-user-gesture-required",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+        f"--use-file-for-fake-audio-capture={spoken}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield Browser(session)
+    session.quit()
+
+
+def test_a_file_is_heard_drawn_and_played(browser, nano):
+    browser.open(nano.url)
+    browser.ready()
+    browser.at("#files").send_keys(str(CLIPS / CLIP["file"]))
+    text = browser.heard()
+    assert (
+        text
+        == nano.client()
+        .audio.transcriptions.create(file=("c.flac", (CLIPS / CLIP["file"]).read_bytes()), model="nano")
+        .text
+    )
+    assert browser.at(".turn .name").text == CLIP["file"]
+    assert browser.at(".segment .time").text == "0:00.0"
+    assert (
+        0 < float(browser.at(".first").text.removesuffix(" s")) <= float(browser.at(".total").text.removesuffix(" s"))
+    )
+    browser.until(lambda: "audio codes" in browser.at(".axis").text)
+    for canvas in ("wave", "mel", "codes"):
+        shades = browser.driver.execute_script(
+            "const c = document.querySelector('.turn .' + arguments[0]);"
+            "const {data} = c.getContext('2d').getImageData(0, 0, c.width, c.height);"
+            "return new Set(new Uint32Array(data.buffer)).size",
+            canvas,
+        )
+        assert shades > 10, canvas
+    browser.at(".lanes").click()
+    browser.until(lambda: float(browser.at(".lanes").get_attribute("aria-valuenow")) > CLIP["seconds"] / 2)
+    browser.until(lambda: browser.at(".play").get_attribute("aria-label") == "Pause")
+    browser.at(".play").click()
+    browser.until(lambda: browser.at(".play").get_attribute("aria-label") == "Play")
+    assert browser.complaints() == []
+
+
+def test_the_microphone_is_heard(browser, nano):
+    browser.open(nano.url)
+    browser.ready()
+    browser.at("#record").click()
+    browser.until(lambda: browser.at("#record").text == "Stop" or browser.all("body.recording"))
+    browser.until(lambda: int(browser.at("#level").get_attribute("aria-valuenow")) > 10)
+    end = int(CLIP["seconds"] + 1)
+    browser.until(lambda: browser.at("#clock").text == f"0:{end:02d}")
+    browser.at("#record").click()
+    text = browser.heard()
+    assert word_error_rate([CLIP["text"]], [text], draws=0).rate < 0.7, text
+    assert browser.at(".turn .name").text == "Recording 1"
+    assert browser.complaints() == []
+
+
+def test_keys_alone_record_and_discard(browser, nano):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(nano.url)
+    browser.ready()
+    browser.driver.switch_to.active_element.send_keys(Keys.TAB)
+    reached = [browser.driver.switch_to.active_element]
+    for _ in range(3):
+        reached[-1].send_keys(Keys.TAB)
+        reached.append(browser.driver.switch_to.active_element)
+    assert [element.get_attribute("id") or element.get_attribute("class") for element in reached] == [
+        "skip",
+        "record",
+        "choose",
+        "sample",
+    ]
+    assert browser.driver.execute_script("return getComputedStyle(arguments[0]).outlineStyle", reached[-1]) == "solid"
+    browser.at("#record").send_keys(Keys.ENTER)
+    browser.until(lambda: browser.all("body.recording"))
+    browser.at("#record").send_keys(Keys.ESCAPE)
+    browser.until(lambda: browser.at("#status").get_attribute("textContent") == "Discarded")
+    assert not browser.all("body.recording, .turn")
+
+
+def test_a_phone_has_nothing_to_scroll_sideways(browser, nano):
+    browser.open(nano.url, 360, 740, dark=True)
+    browser.ready()
+    browser.at("#sample").click()
+    assert len(words(browser.heard())) > 4
+    browser.until(lambda: "audio codes" in browser.at(".axis").text)
+    assert browser.overflow() == 0
+    assert browser.complaints() == []
+
+
+def test_errors_are_the_servers_own(browser, nano, tmp_path):
+    (tmp_path / "notes.wav").write_bytes(b"these are no samples")
+    browser.open(nano.url)
+    browser.ready()
+    browser.at("#files").send_keys(str(tmp_path / "notes.wav"))
+    browser.until(lambda: browser.at(".turn article > .fault").text)
+    answer = requests.post(
+        f"{nano.url}/v1/audio/transcriptions",
+        files={"file": b"these are no samples"},
+        data={"model": "nano"},
+        timeout=20,
+    )
+    assert browser.at(".turn article > .fault").text.lower() == answer.json()["error"]["message"].lower()
+    browser.complaints()  # the browser notes the status 400
+
+
+def test_a_key_is_asked_for(browser, tiny):
+    browser.open(tiny.url)
+    browser.until(lambda: browser.at("#key-form").is_displayed())
+    for key, fault in (("wrong", "The API key is wrong."), (KEY, "")):
+        browser.at("#key").clear()
+        browser.at("#key").send_keys(key)
+        browser.at("#key-form button").click()
+        if fault:
+            browser.until(lambda fault=fault: browser.at("#key-fault").text == fault)
+    browser.ready()
+    assert "able" in browser.at("#model").text
+    assert not browser.at("#key-form").is_displayed()
+    browser.complaints()  # the browser notes the status 401
