@@ -141,9 +141,12 @@ class BackboneCache:
         return self._map(lambda tensor: tensor.to(device))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns tensors by name, and the two host-side bounds."""
+        """Returns copies of all tensors by name, and the two host-side bounds.
+
+        Copies, since decoding goes on in place.
+        """
         state: dict[str, Any] = {
-            f"layers.{i}.{name}": tensor
+            f"layers.{i}.{name}": tensor.clone()
             for i, layer in enumerate(self.layers)
             for name, tensor in layer.tensors().items()
         }
@@ -162,7 +165,7 @@ class BackboneCache:
                 tensor = state.get(f"layers.{i}.{name}")
                 if tensor is None or tensor.dim() != own.dim():
                     raise CheckpointError(f"layers.{i}.{name} is missing or has another shape: not this model's cache.")
-                found[name] = tensor.to(own.device, own.dtype)
+                found[name] = tensor.to(own.device, own.dtype, copy=True)
             layers.append(type(layer)(**found))
         self.layers = layers
         self.lengths = state["lengths"].to(self.lengths.device)

@@ -125,6 +125,19 @@ def test_cache_copies_selects_and_saves(model):
     assert torch.equal(_both(model(x[:, 12:13], cache=loaded.to("cpu"))), _both(model(x[:, 12:13], cache=before)))
 
 
+def test_a_saved_cache_outlives_decoding(model):
+    """One-token steps change the state in place; a state dict, and what was loaded from it, must not follow."""
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    cache = model.new_cache(2)
+    model(x[:, :7], cache=cache)
+    saved = cache.state_dict()
+    want = _both(model(x[:, 7:8], cache=cache))
+    for _ in range(2):
+        loaded = model.new_cache(2)
+        loaded.load_state_dict(saved)
+        assert torch.equal(_both(model(x[:, 7:8], cache=loaded)), want)
+
+
 def test_every_parameter_gets_a_gradient(model):
     model.zero_grad()
     out = model(_embed_with_grad(model))
