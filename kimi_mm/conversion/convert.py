@@ -166,6 +166,8 @@ def published_targets(entries: dict[str, Stored], layout: Layout, where: Path) -
     for name, stored in entries.items():
         if name.startswith(KEPT):
             group, _, rest = name.removeprefix(KEPT).partition("/")
+            if layout.fate(group, rest) is None:  # groups become folders
+                raise CheckpointError(f"{stored.file}: unknown tensor '{name}'; '{layout.name}' has no such one.")
             add(group, rest, stored.dtype, stored.shape, (stored, 0, stored.size))
     return groups
 

@@ -180,11 +180,11 @@ def folder_entries(folder: Path) -> list[Stored]:
             raise CheckpointError(f"{folder}: holds no safetensors file.")
         return [entry for file in files for entry in safetensors_entries(file)]
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index}: not a checkpoint index.")
     entries: dict[str, Stored] = {}
     for file in sorted(set(names.values())):
-        if Path(file).name != file:
+        if not file or Path(file).name != file:
             raise CheckpointError(f"{index}: file '{file}' points outside the checkpoint.")
         if not (folder / file).is_file():
             count = sum(1 for value in names.values() if value == file)

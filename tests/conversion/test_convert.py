@@ -193,6 +193,22 @@ def test_a_pickle_that_runs_code_is_refused(published, tmp_path):
     assert "vocoder/model.pt: damaged, or more than plain tensors" in refused(folder, tmp_path)
 
 
+def test_a_converted_folder_cannot_name_places_to_write(published, tmp_path):
+    convert(published["kimi_linear"], tmp_path / "ours")
+    save_file({"published:../evil": torch.zeros(2)}, tmp_path / "ours" / "extra.safetensors")
+    index = tmp_path / "ours" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["published:../evil"] = "extra.safetensors"
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"unknown tensor 'published:\.\./evil'"):
+        convert(tmp_path / "ours", tmp_path / "out" / "back")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    values["weight_map"]["published:../evil"] = ["extra.safetensors"]
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="not a checkpoint index"):
+        convert(tmp_path / "ours", tmp_path / "out" / "back")
+
+
 def test_missing_audio_tokenizer(published, tmp_path):
     folder = Path(shutil.copytree(published["kimi_audio"], tmp_path / "bad"))
     glm = folder / "glm-4-voice-tokenizer"
