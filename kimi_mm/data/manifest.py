@@ -46,6 +46,8 @@ def resolve(folder: Path, name: object, where: str) -> Path:
     """
     if not isinstance(name, str) or not name:
         raise ManifestError(f"{where}: a path must be a non-empty string, got {name!r}.")
+    if "\0" in name:
+        raise ManifestError(f"{where}: {name!r} has a zero byte, which no path can have.")
     path = PurePosixPath(name)
     target = folder.joinpath(*path.parts)
     outside = path.is_absolute() or ".." in path.parts or "\\" in name

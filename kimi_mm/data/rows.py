@@ -54,8 +54,13 @@ class Row:
         """Returns the row's object; RowError when it is not one."""
         try:
             value = json.loads(self.raw.decode("utf-8"))
+            if b"\\u" in self.raw:  # escapes can spell half of a pair, which is no text
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeDecodeError as error:
             raise RowError(f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8") from None
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            raise RowError(f"the escape {half} is half a character", "write whole characters") from None
         except (ValueError, RecursionError) as error:
             at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
@@ -92,7 +97,11 @@ class JsonlRows:
 
     def _fetch(self, name: str) -> Source:
         target = resolve(self.folder, name, "media")
-        if not target.is_file():
+        try:
+            there = target.is_file()
+        except OSError:  # a name that is too long, or a folder that may not be looked into
+            there = False
+        if not there:
             raise RowError(f"'{name}' is not a file in {self.folder}", "paths are relative to the JSONL file's folder")
         return target
 

@@ -73,7 +73,7 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, line: str, message: str) ->
         list(read_rows(path, {"id": str, "text": str}))
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "link/x", "", 3, "a\\..\\x"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "link/x", "", 3, "a\\..\\x", "a\0b"])
 def test_paths_stay_inside(tmp_path: Path, name: object) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
