@@ -263,7 +263,7 @@ class Parallel:
     def seed(self, step: int, number: int) -> None:
         """Seeds the random draws of this process's micro-batch `number` of a step, whichever process draws them."""
         micro_batch = number * self.groups + self.group
-        torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 10_007 + micro_batch)
+        torch.manual_seed(((self.recipe.seed * 1_000_003 + step) * 10_007 + micro_batch) % 2**63)
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

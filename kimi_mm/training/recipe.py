@@ -160,6 +160,8 @@ class Recipe(Config):
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ConfigError(f"stage='{self.stage}' must be one of {', '.join(STAGES)}.")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must not be negative.")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision='{self.precision}' must be fp32 or bf16.")
         if self.cuda_graphs and self.gradient_accumulation > 1:

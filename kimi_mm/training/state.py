@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kimi_mm.errors import CheckpointError
+
+DAMAGE = (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError)  # how reading a broken file ends
 
 
 def save_state(run: Path, step: int, module: torch.nn.Module, extra: dict[str, Any], keep: int = 2) -> Path:
@@ -117,15 +120,24 @@ def list_states(run: Path) -> list[Path]:
 
 
 def load_state(path: Path, module: torch.nn.Module) -> dict[str, Any]:
-    """Restores a module in place and returns the rest of the state."""
+    """Restores a module in place and returns the rest of the state.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or of another model.
+    """
     try:
         tensors = load_file(path / "model.safetensors")
         extra = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except DAMAGE as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: damaged training checkpoint ({error}); delete it to go on from the one before."
+            f"{path}: damaged training checkpoint ({first}); delete it to go on from the one before."
         ) from None
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: does not fit this recipe's model ({last}); --no-resume starts anew.") from None
     own = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
     loaded = {own[name] for name in tensors if name in own}
     lost = [name for name in missing if own[name] not in loaded]

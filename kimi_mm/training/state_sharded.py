@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kimi_mm.errors import CheckpointError
 from kimi_mm.training.sharding import as_global, expert_places, local, part_of, whole
-from kimi_mm.training.state import aside_of, flush, name_whole, not_written
+from kimi_mm.training.state import DAMAGE, aside_of, flush, name_whole, not_written
 
 SHARDS = "shards"
 
@@ -83,7 +82,7 @@ def read_any(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, na
             _read_sharded(path / SHARDS, module, optimizer)
         else:
             _read_whole(path, module, optimizer, extra["optimizer"], names)
-    except (SafetensorError, OSError, RuntimeError, EOFError, dcp.CheckpointException) as error:
+    except (*DAMAGE, dcp.CheckpointException) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: damaged training checkpoint ({first}); delete it to go on from the one before."

@@ -304,7 +304,13 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         if self.parallel.world == 1 and not (path / SHARDS).is_dir():
             extra = load_state(path, self.objective)
-            self.optimizer.load_state_dict(extra["optimizer"])
+            try:
+                self.optimizer.load_state_dict(extra["optimizer"])
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path}: holds the state of another optimiser or of other trained parts ({error}); "
+                    "train as before, or start anew with --no-resume."
+                ) from None
         else:
             extra = read_any(path, self.objective, self.optimizer, self.names)
         self.step = extra["step"]
@@ -325,10 +331,12 @@ class Trainer:
         names = self.parallel.union({name for numbers in window for name in numbers})
         if not names:
             return {}
-        found = {name: [n[name].float().to(self.parallel.device) for n in window if name in n] for name in names}
-        sums = [torch.stack(found[name]).sum() if found[name] else torch.zeros(()) for name in names]
-        counts = [float(len(found[name])) for name in names]
-        both = torch.stack([torch.stack([x.to(self.parallel.device) for x in sums]), torch.tensor(counts).to(sums[0])])
+        device = self.parallel.device
+        found = {name: [n[name].float().to(device) for n in window if name in n] for name in names}
+        zero = torch.zeros((), device=device)  # of what this process lacks
+        sums = [torch.stack(found[name]).sum() if found[name] else zero for name in names]
+        counts = torch.tensor([float(len(found[name])) for name in names], device=device)
+        both = torch.stack([torch.stack(sums), counts])
         both = self.parallel.mean(both)
         return Meters.roots(dict(zip(names, (both[0] / both[1]).tolist(), strict=True)))
 

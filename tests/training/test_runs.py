@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.config import ConfigError
@@ -79,3 +79,31 @@ def test_damaged_state_is_named(tmp_path):
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"step-0000004.*damaged"):
         train("text/nano", debug=True, output=tmp_path, overrides=["steps=6"])
+
+
+def test_states_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
+    train("text/nano", debug=True, output=tmp_path, overrides=["steps=1"])
+    longer = {"debug": True, "output": tmp_path}
+    with pytest.raises(CheckpointError, match="another optimiser"):
+        train("text/nano", **longer, overrides=["steps=2", "optim.optimizer=muonclip"])
+    weights = tmp_path / "step-0000001" / "model.safetensors"
+    tensors = load_file(weights)
+    name = min(tensors)
+    save_file({**tensors, name: torch.zeros(3, 3, 3)}, weights)
+    with pytest.raises(CheckpointError, match="does not fit this recipe's model.*--no-resume"):
+        train("text/nano", **longer, overrides=["steps=2"])
+    save_file(tensors, weights)
+    for damage in (b"not a pickle at all", b""):
+        (tmp_path / "step-0000001" / "training.pt").write_bytes(damage)
+        with pytest.raises(CheckpointError, match="step-0000001: damaged"):
+            train("text/nano", **longer, overrides=["steps=2"])
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**62])
+def test_any_seed_trains(seed, tmp_path):
+    assert train("text/nano", debug=True, output=tmp_path, overrides=["steps=1", f"seed={seed}"])["loss"] > 0
+
+
+def test_a_negative_seed_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="seed=-1"):
+        train("text/nano", debug=True, output=tmp_path, overrides=["seed=-1"])
