@@ -65,7 +65,10 @@ class DecoderLayer(nn.Module):
     def forward(self, stream: Stream, step: Step, state: LayerState | None) -> Stream:
         """Returns the stream with both outputs added; advances the state."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, stream, step, state, use_reentrant=False, context_fn=self._contexts)  # type: ignore[return-value]
+            # Without dropout (adapters may have it) nothing is drawn, and a CUDA graph cannot set random states.
+            draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+            options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": self._contexts}
+            return checkpoint(self._run, stream, step, state, **options)  # type: ignore[return-value]
         return self._run(stream, step, state)
 
     def _run(self, stream: Stream, step: Step, state: LayerState | None) -> Stream:

@@ -124,7 +124,8 @@ def _read_sharded(folder: Path, module: nn.Module, optimizer: torch.optim.Optimi
     for name, parameter in module.named_parameters():
         for key in ("momentum", "exp_avg", "exp_avg_sq", "step"):
             if f"optim.{key}.{name}" in stored:
-                empty = torch.zeros(()) if key == "step" else torch.zeros_like(parameter, dtype=torch.float32)
+                step = torch.zeros((), device=_step_device(optimizer, parameter))
+                empty = step if key == "step" else torch.zeros_like(parameter, dtype=torch.float32)
                 optimizer.state[parameter][key] = empty
     wanted = _places(module, optimizer)
     if lost := sorted(set(wanted) - set(stored)):
@@ -149,7 +150,7 @@ def _read_whole(
         parameter = parameters[names[number]]
         for key, full in values.items():
             if not full.dim():
-                optimizer.state[parameter][key] = full.clone()
+                optimizer.state[parameter][key] = full.to(_step_device(optimizer, parameter), copy=True)
                 continue
             kept = torch.zeros_like(parameter, dtype=torch.float32)
             local(kept).copy_(part_of(full, kept, places.get(names[number])))
@@ -157,3 +158,8 @@ def _read_whole(
     for group in optimizer.param_groups:
         saved = next((g for g in state["param_groups"] if g.get("name") == group["name"]), {})
         group.update({key: saved[key] for key in ("adamw_steps",) if key in saved})
+
+
+def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
+    """Where AdamW wants a parameter's step count: fused kernels read it on their own device."""
+    return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")

@@ -90,7 +90,7 @@ def test_states_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
     tensors = load_file(weights)
     name = min(tensors)
     save_file({**tensors, name: torch.zeros(3, 3, 3)}, weights)
-    with pytest.raises(CheckpointError, match="does not fit this recipe's model.*--no-resume"):
+    with pytest.raises(CheckpointError, match=r"does not fit this recipe's model.*--no-resume"):
         train("text/nano", **longer, overrides=["steps=2"])
     save_file(tensors, weights)
     for damage in (b"not a pickle at all", b""):
