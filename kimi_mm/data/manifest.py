@@ -144,8 +144,12 @@ def read_rows(path: str | Path, required: dict[str, type] | None = None) -> Iter
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Writes a file under another name and renames it, so that no reader sees half of it."""
+    """Writes a file under another name and renames it, so that no reader sees half of it; what failed is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_mm.data.manifest import write_aside
 from kimi_mm.errors import UserError
 
 Curve = list[tuple[int, float]]  # (step, value), steps rising
@@ -67,10 +68,8 @@ def write_report(run: str | Path, output: str | Path) -> Path:
     curves = read_run(run)
     text = page(curves, title=str(run), summary=_summary(Path(run)))
     output = Path(output)
-    aside = output.with_name(f".{output.name}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(output)
+        write_aside(output, text.encode("utf-8"))
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}).") from None
     return output

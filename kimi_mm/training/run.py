@@ -16,6 +16,7 @@ from kimi_mm.config import ConfigError, ModelConfig
 from kimi_mm.data.art import Art
 from kimi_mm.data.debug import write_debug_art, write_debug_data, write_debug_documents, write_debug_targets
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
+from kimi_mm.data.manifest import write_aside
 from kimi_mm.data.programs.samples import write_samples
 from kimi_mm.data.scene_loader import SceneLoader
 from kimi_mm.data.target_loader import TargetLoader
@@ -116,7 +117,8 @@ def train(
     trained = trainer.whole_model(model)
     if trained is not None:
         size = save_checkpoint(output / "model", trained, tokenizer, weights=settings.weights)
-        (output / "summary.json").write_text(json.dumps({"step": trainer.step, **numbers}, indent=1) + "\n")
+        summary = json.dumps({"step": trainer.step, **numbers}, indent=1) + "\n"
+        write_aside(output / "summary.json", summary.encode())
         log.info("wrote %s (%.1f MiB)", output / "model", size / 2**20)
     from_main(lambda: None)  # no process leaves while the first still writes
     return numbers
