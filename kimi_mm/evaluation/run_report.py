@@ -132,7 +132,7 @@ def _draw(curves: dict[str, Curve], log: bool) -> str:
         color = f"C{number % 10}"
         smooth = log and len(values) >= 20
         marker = "." if len(values) == 1 else ""
-        axes.plot(steps, values, marker, linestyle="-", color=color, alpha=0.3 if smooth else 1.0)
+        axes.plot(steps, values, marker=marker, linestyle="-", color=color, alpha=0.3 if smooth else 1.0)
         axes.lines[-1].set_label("_" if smooth else name)
         if smooth:
             axes.plot(steps, _running_mean(values), color=color, label=name)
