@@ -95,7 +95,7 @@ class TrainingStep(nn.Module):
             batch = replace(batch, **ids, labels=labels)
         if not isinstance(batch, TextBatch):
             losses = self.objective(batch, augmented)
-        elif self.recipe.stage in ("asr", "vision"):
+        elif self.recipe.stage in ("asr", "vision", "speech"):
             losses = self.objective.text_losses(batch)  # type: ignore[operator]
         else:
             losses = self.objective(batch)

@@ -20,10 +20,15 @@ from kimi_mm.data.document_config import DocumentDataConfig
 from kimi_mm.training.freezing import LoraConfig
 from kimi_mm.training.guard import GuardConfig
 from kimi_mm.training.parallel_config import ParallelConfig
-from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig, VocoderTrainingConfig
+from kimi_mm.training.speech_out_config import (
+    FlowTrainingConfig,
+    SpokenDataConfig,
+    TargetDataConfig,
+    VocoderTrainingConfig,
+)
 from kimi_mm.training.vision_config import SceneDataConfig
 
-STAGES = ("tokenizer", "text", "asr", "vision", "detokenizer", "vocoder", "pretrain", "sft")
+STAGES = ("tokenizer", "text", "asr", "vision", "detokenizer", "vocoder", "pretrain", "sft", "speech")
 DOCUMENTS = ("pretrain", "sft")  # stages on data that users bring
 SPEECH_OUT = ("detokenizer", "vocoder")
 
@@ -94,7 +99,7 @@ class Recipe(Config):
     Args:
         stage: "tokenizer" (encoder distillation and quantizer), "text" (language model), "asr" (speech to text),
             "vision" (questions about pictures), "detokenizer" (codes to mel by flow matching), "vocoder" (mel to wave),
-            "pretrain" and "sft" (documents and conversations of the section `data`).
+            "pretrain" and "sft" (documents and conversations of the section `data`), "speech" (spoken answers).
         model: model file below `recipes/`, for instance "models/nano.yaml" ("": the model of `init`).
         detokenizer: file of the detokenizer that the model gets, below `recipes/` ("": what the model file says).
         init: checkpoint folder to start from, or the name of a shipped one ("" starts from random weights).
@@ -105,8 +110,10 @@ class Recipe(Config):
         cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
         token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
         anneal_by_time: the schedule follows the clock to `time_limit_seconds` where that is further than the steps.
-        text_share: share of the steps of the asr and vision stages that train on text alone.
-        speech_share: share of the steps of the vision stage that train on speech.
+        text_share: share of the steps of the asr, vision and speech stages that train on text alone.
+        speech_share: share of the steps of the vision and speech stages that train on speech recognition.
+        tts_share: share of the steps of the speech stage that read sentences out; the rest answers in dialogs.
+        audio_weight: weight of the codes of spoken answers beside their text.
         freeze_backbone: the vision stage trains tower and projector only, and leaves the rest bit for bit as it was.
         freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; the audio
             tokenizer always is.
@@ -135,6 +142,8 @@ class Recipe(Config):
     time_limit_seconds: float = 0.0  # 0: none; otherwise the run saves and stops before it
     text_share: float = 0.15
     speech_share: float = 0.0
+    tts_share: float = 0.0
+    audio_weight: float = 1.0
     freeze_backbone: bool = False
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None
@@ -153,6 +162,7 @@ class Recipe(Config):
     augment_from: float = 0.0  # share of the steps before augmentation starts, or the vocoder's discriminators join
     scenes: SceneDataConfig = field(default_factory=SceneDataConfig)
     data: DocumentDataConfig = field(default_factory=DocumentDataConfig)
+    spoken: SpokenDataConfig = field(default_factory=SpokenDataConfig)
     target: TargetDataConfig = field(default_factory=TargetDataConfig)
     flow: FlowTrainingConfig = field(default_factory=FlowTrainingConfig)
     vocoder: VocoderTrainingConfig = field(default_factory=VocoderTrainingConfig)
@@ -170,6 +180,8 @@ class Recipe(Config):
             raise ConfigError(f"weights='{self.weights}' must be fp32, fp16 or int8.")
         if self.freeze_backbone and (self.stage != "vision" or self.text_share or self.speech_share):
             raise ConfigError("freeze_backbone: for the vision stage with text_share and speech_share 0 only.")
+        if self.text_share + self.speech_share + self.tts_share > 1 + 1e-6:
+            raise ConfigError("text_share, speech_share and tts_share add up to more than 1.")
         if self.freeze_backbone and self.optim.optimizer == "muonclip":
             raise ConfigError("freeze_backbone: QK-clip would change the backbone; choose optimizer adamw.")
         if (self.freeze or self.lora) and self.stage not in DOCUMENTS:

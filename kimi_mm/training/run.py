@@ -14,11 +14,18 @@ from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
 from kimi_mm.data.art import Art
-from kimi_mm.data.debug import write_debug_art, write_debug_data, write_debug_documents, write_debug_targets
+from kimi_mm.data.debug import (
+    write_debug_art,
+    write_debug_data,
+    write_debug_dialogs,
+    write_debug_documents,
+    write_debug_targets,
+)
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
 from kimi_mm.data.manifest import write_aside
 from kimi_mm.data.programs.samples import write_samples
 from kimi_mm.data.scene_loader import SceneLoader
+from kimi_mm.data.spoken_loader import SpokenLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
@@ -30,6 +37,7 @@ from kimi_mm.training.freezing import merge_lora
 from kimi_mm.training.objectives import build_objective
 from kimi_mm.training.recipe import DOCUMENTS, SPEECH_OUT, Recipe, load_recipe
 from kimi_mm.training.speech_out import build_speech_out
+from kimi_mm.training.spoken_objective import SpokenObjective
 from kimi_mm.training.vision_objective import VisionObjective
 from kimi_mm.vision.processing import VisionProcessor
 
@@ -79,8 +87,9 @@ def train(
     model = Model(config)
     if settings.init:
         # A voice, eyes, or a branch that speaks, may be given to a model that had none.
-        new = {"vision": ("vision.",), **dict.fromkeys(SPEECH_OUT, ("detokenizer.",))}
-        new |= dict.fromkeys(DOCUMENTS, ("vision.", "detokenizer.", "backbone.audio.", "backbone.audio_head."))
+        speaks = ("detokenizer.", "backbone.audio.", "backbone.audio_head.")
+        new = {"vision": ("vision.",), "speech": speaks, **dict.fromkeys(SPEECH_OUT, ("detokenizer.",))}
+        new |= dict.fromkeys(DOCUMENTS, ("vision.", *speaks))
         load_tensors(model, Path(settings.init), optional=new.get(settings.stage, ()))
     if settings.init_audio:
         load_tensors(model.audio, Path(settings.init_audio), prefix="audio.")
@@ -91,10 +100,12 @@ def train(
         model.audio.encoder.load_state_dict(teacher.state_dict())
     speech = _speech(settings, processor)
     heard = speech.shards.utterances if isinstance(speech, SpeechLoader) else []
-    if settings.stage in ("asr", "vision") and not all(item.text for item in heard):
+    if settings.stage in ("asr", "vision", "speech") and not all(item.text for item in heard):
         folders = ", ".join(settings.speech.folders)
         raise CheckpointError(f"{folders}: holds speech without transcripts; the {settings.stage} stage needs text.")
-    needs_text = settings.stage == "text" or (settings.stage in ("asr", "vision") and settings.text_share > 0)
+    needs_text = settings.stage == "text" or (
+        settings.stage in ("asr", "vision", "speech") and settings.text_share > 0
+    )
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
     scenes = SceneLoader(settings.scenes, processor, settings.seed) if settings.stage == "vision" else None
     documents = None
@@ -105,9 +116,11 @@ def train(
         objective = DocumentObjective(model, settings)
     elif settings.stage == "vision":
         objective = VisionObjective(model, settings)
+    elif settings.stage == "speech":
+        objective = SpokenObjective(model, settings)
     else:
         objective = build_objective(model, settings, teacher)
-    trainer = Trainer(settings, objective, speech, text, output, scenes, documents)
+    trainer = Trainer(settings, objective, speech, text, output, scenes, documents, _spoken(settings, processor))
     model.to(trainer.parallel.device)
     if teacher is not None and trainer.step == 0 and isinstance(speech, SpeechLoader):
         _seed_codebook(model, speech)
@@ -126,11 +139,23 @@ def train(
 
 def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader | None:
     """Opens the loader that the stage's sound comes from."""
-    if recipe.stage in ("text", *DOCUMENTS) or (recipe.stage == "vision" and not recipe.speech_share):
+    if recipe.stage in ("text", *DOCUMENTS) or (recipe.stage in ("vision", "speech") and not recipe.speech_share):
         return None
     if recipe.stage in SPEECH_OUT:
         return TargetLoader(recipe.target, recipe.seed)
     return SpeechLoader(recipe.speech, processor, recipe.seed)
+
+
+def _spoken(recipe: Recipe, processor: Processor) -> dict[str, SpokenLoader]:
+    """Opens the loaders of sentences to be read out and of dialogs, as far as the stage "speech" has shares for them."""
+    if recipe.stage != "speech":
+        return {}
+    dialogs = 1 - recipe.text_share - recipe.speech_share - recipe.tts_share > 1e-6
+    wanted = {"sentences": False} if recipe.tts_share else {}
+    wanted |= {"dialogs": True} if dialogs else {}
+    return {
+        name: SpokenLoader(recipe.spoken, processor, recipe.seed, dialogs=kind) for name, kind in wanted.items()
+    }
 
 
 def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
@@ -140,6 +165,11 @@ def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
         recipe = recipe.replace(speech=recipe.speech.replace(folders=(str(speech),)))
     if recipe.target.folders == ("debug",):
         recipe = recipe.replace(target=recipe.target.replace(folders=(str(write_debug_targets(folder)),)))
+    if recipe.spoken.dialogs == ("debug",):
+        spoken = recipe.spoken.replace(
+            targets=(str(write_debug_targets(folder)),), dialogs=(str(write_debug_dialogs(folder)),)
+        )
+        recipe = recipe.replace(spoken=spoken)
     if recipe.text.path == "debug":
         recipe = recipe.replace(text=recipe.text.replace(path=str(texts)))
     if any(source.files == ("debug-programs",) for source in recipe.data.sources):

@@ -29,15 +29,18 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 def source_of_step(recipe: Recipe, step: int) -> str:
-    """Returns "speech", "text", "scenes" or "documents": a function of the step, so that a resumed run agrees."""
+    """Returns the name of a loader, such as "speech" or "text": a function of the step, so that a resumed run agrees."""
     if recipe.stage == "text":
         return "text"
     if recipe.stage in DOCUMENTS:
         return "documents"
-    main = "scenes" if recipe.stage == "vision" else "speech"
-    if recipe.stage not in ("asr", "vision"):
+    main = {"vision": "scenes", "speech": "dialogs"}.get(recipe.stage, "speech")
+    if recipe.stage not in ("asr", "vision", "speech"):
         return main
     draw = np.random.default_rng((recipe.seed, step)).random()
     if draw < recipe.text_share:
         return "text"
-    return "speech" if draw < recipe.text_share + recipe.speech_share else main
+    if draw < recipe.text_share + recipe.speech_share:
+        return "speech"
+    reads = recipe.stage == "speech" and draw < recipe.text_share + recipe.speech_share + recipe.tts_share + 1e-9
+    return "sentences" if reads else main

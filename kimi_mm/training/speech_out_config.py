@@ -77,3 +77,28 @@ class VocoderTrainingConfig(Config):
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     resolutions: tuple[int, ...] = (512, 1024, 2048)
     channels: int = 24  # of the discriminators' first layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpokenDataConfig(Config):
+    """What the stage "speech" learns to say.
+
+    Args:
+        targets: folders of target shards (`kimi-mm prepare targets`); those in the canonical voice are read out.
+        dialogs: folders of prepared dialogs (`kimi-mm prepare dialogs`), for instance "data/dialogs/train".
+        batch_seconds: of answers in a batch; questions come on top.
+        buckets: seconds that the longest recording of a row may have; longer ones are dropped.
+        written_share: of the questions that are written instead of spoken.
+    """
+
+    targets: tuple[str, ...] = ()
+    dialogs: tuple[str, ...] = ()
+    batch_seconds: float = 320.0
+    buckets: tuple[float, ...] = (2.56, 3.84, 5.12, 7.68, 10.24)
+    written_share: float = 0.15
+
+    def __post_init__(self) -> None:
+        if any(b <= 0 or abs(b / SECONDS_PER_CODE - round(b / SECONDS_PER_CODE)) > 1e-6 for b in self.buckets):
+            raise ConfigError(f"buckets={list(self.buckets)} must be multiples of 0.08, above 0.")
+        if not 0 <= self.written_share <= 1 or self.batch_seconds <= 0:
+            raise ConfigError("written_share must lie in [0, 1], batch_seconds above 0.")

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from kimi_mm.data.document_loader import DocumentLoader
 from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextLoader
 from kimi_mm.data.scene_loader import SceneLoader
+from kimi_mm.data.spoken_loader import SpokenLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
@@ -97,7 +98,7 @@ class Trainer:
     Args:
         recipe: what to do.
         objective: module that maps a batch to a dictionary of losses with the key "loss".
-        speech, text, scenes, documents: loaders; which of them a step uses follows from the stage and the shares.
+        speech, text, scenes, documents, spoken: loaders; which of them a step uses follows from the stage and the shares.
         run: folder for checkpoints and logs.
     """
 
@@ -110,6 +111,7 @@ class Trainer:
         run: Path,
         scenes: SceneLoader | None = None,
         documents: DocumentLoader | None = None,
+        spoken: dict[str, SpokenLoader] | None = None,
     ) -> None:
         self.recipe, self.run = recipe, run
         join_processes()
@@ -120,7 +122,7 @@ class Trainer:
         self.parallel = Parallel(recipe, objective, device)
         self.objective = objective
         self.optimizer = make_optimizer(objective, recipe.optim, fused=device.type == "cuda")
-        self.loaders = {"speech": speech, "text": text, "scenes": scenes, "documents": documents}
+        self.loaders = {"speech": speech, "text": text, "scenes": scenes, "documents": documents, **(spoken or {})}
         self.guard = Guard(recipe.guard)
         graphs = recipe.cuda_graphs and device.type == "cuda" and self.parallel.world == 1
         self.meters = Meters(self.parallel.backbone, device, recipe.peak_tflops, hooks=not graphs)
