@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -10,7 +11,11 @@ import numpy as np
 
 from kimi_mm.audio.io import write_wav
 from kimi_mm.data.art import ART, ICON_SIZE, Named, icon_bytes, write_pack
+from kimi_mm.data.dialog_sets import DIALOGS
+from kimi_mm.data.dialogs import Dialog, Turn
 from kimi_mm.data.drawing import outlined, shape_icon
+from kimi_mm.data.manifest import write_rows
+from kimi_mm.data.shards import Clip, write_shard
 from kimi_mm.data.targets import CANONICAL, TargetClip, write_target_shard
 
 _WORDS = [
@@ -145,3 +150,34 @@ def write_debug_targets(folder: Path, count: int = 24, seed: int = 0) -> Path:
         clips.append(TargetClip(f"debug-{number}", "buzz", f"{voice}:debug", target, heard))
     write_target_shard(folder / "targets", 0, clips)
     return folder / "targets"
+
+
+def write_debug_dialogs(folder: Path, count: int = 24, seed: int = 0) -> Path:
+    """Writes `folder/dialogs`: dialogs of one or two turns in which "say one" is asked, and "one" answered, in buzzes.
+
+    Every question and answer has a recording, the question two; returns the path of the set.
+    """
+    rng = np.random.default_rng(seed)
+    out, asked, answered = folder / "dialogs", [], []
+    for number, word in enumerate(_WORDS):
+        for copy in range(2):
+            time = np.arange(8000 + 1600 * copy) / 16_000
+            wave = (3000 * np.sin(2 * np.pi * (110 + 15 * number) * (1 + copy) * time)).astype(np.int16)
+            asked.append(Clip(f"ask-{number}-{copy}", f"say {word}", "buzz", wave))
+        target, heard = (
+            (3000 * np.sin(2 * np.pi * (110 + 15 * number) * np.arange(rate * 3 // 5) / rate)).astype(np.int16)
+            for rate in (24_000, 16_000)
+        )
+        answered.append(TargetClip(f"answer-{number}", word, f"{CANONICAL}:debug", target, heard))
+    dialogs = []
+    for number in range(count):
+        words = [_WORDS[i] for i in rng.choice(len(_WORDS), size=1 + number % 2, replace=False)]
+        turns = tuple(Turn("repeat", word, f"say {word}", word, word) for word in words)
+        dialogs.append(Dialog(f"debug-{number}", turns))
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / DIALOGS, [dataclasses.asdict(dialog) for dialog in dialogs])
+    (out / "questions").mkdir(exist_ok=True)
+    write_shard(out / "questions", 0, asked)
+    (out / "answers").mkdir(exist_ok=True)
+    write_target_shard(out / "answers", 0, answered)
+    return out

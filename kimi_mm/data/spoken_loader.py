@@ -206,7 +206,9 @@ class SpokenLoader(_Place):
     def _streams(self, row: Row, question_lengths: np.ndarray, answer_lengths: np.ndarray, first: int) -> Streams:
         messages = []
         for k, exchange in enumerate(row):
-            asked, said = (-(-int(lengths[first + k]) // SAMPLES_PER_CODE) for lengths in (question_lengths, answer_lengths))
+            asked, said = (
+                -(-int(lengths[first + k]) // SAMPLES_PER_CODE) for lengths in (question_lengths, answer_lengths)
+            )
             if exchange.question is not None:
                 messages.append({"role": "user", "content": [{"type": "audio", "num_codes": asked}]})
             elif exchange.written:

@@ -103,9 +103,7 @@ def train(
     if settings.stage in ("asr", "vision", "speech") and not all(item.text for item in heard):
         folders = ", ".join(settings.speech.folders)
         raise CheckpointError(f"{folders}: holds speech without transcripts; the {settings.stage} stage needs text.")
-    needs_text = settings.stage == "text" or (
-        settings.stage in ("asr", "vision", "speech") and settings.text_share > 0
-    )
+    needs_text = settings.stage == "text" or (settings.stage in ("asr", "vision", "speech") and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
     scenes = SceneLoader(settings.scenes, processor, settings.seed) if settings.stage == "vision" else None
     documents = None
@@ -147,15 +145,13 @@ def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader
 
 
 def _spoken(recipe: Recipe, processor: Processor) -> dict[str, SpokenLoader]:
-    """Opens the loaders of sentences to be read out and of dialogs, as far as the stage "speech" has shares for them."""
+    """Opens the loaders of sentences and of dialogs, as far as the stage "speech" has shares for them."""
     if recipe.stage != "speech":
         return {}
     dialogs = 1 - recipe.text_share - recipe.speech_share - recipe.tts_share > 1e-6
     wanted = {"sentences": False} if recipe.tts_share else {}
     wanted |= {"dialogs": True} if dialogs else {}
-    return {
-        name: SpokenLoader(recipe.spoken, processor, recipe.seed, dialogs=kind) for name, kind in wanted.items()
-    }
+    return {name: SpokenLoader(recipe.spoken, processor, recipe.seed, dialogs=kind) for name, kind in wanted.items()}
 
 
 def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:

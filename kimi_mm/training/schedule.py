@@ -29,7 +29,7 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 def source_of_step(recipe: Recipe, step: int) -> str:
-    """Returns the name of a loader, such as "speech" or "text": a function of the step, so that a resumed run agrees."""
+    """Returns the name of a loader ("speech", "text", ...): a function of the step, so that a resumed run agrees."""
     if recipe.stage == "text":
         return "text"
     if recipe.stage in DOCUMENTS:
@@ -42,5 +42,5 @@ def source_of_step(recipe: Recipe, step: int) -> str:
         return "text"
     if draw < recipe.text_share + recipe.speech_share:
         return "speech"
-    reads = recipe.stage == "speech" and draw < recipe.text_share + recipe.speech_share + recipe.tts_share + 1e-9
+    reads = recipe.stage == "speech" and draw < recipe.text_share + recipe.speech_share + recipe.tts_share + 1e-6
     return "sentences" if reads else main

@@ -98,7 +98,7 @@ class Trainer:
     Args:
         recipe: what to do.
         objective: module that maps a batch to a dictionary of losses with the key "loss".
-        speech, text, scenes, documents, spoken: loaders; which of them a step uses follows from the stage and the shares.
+        speech, text, scenes, documents, spoken: loaders; which of them a step uses follows from stage and shares.
         run: folder for checkpoints and logs.
     """
 

@@ -26,7 +26,8 @@ def test_recipe_runs_at_debug_size(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "optimizer"), [("asr/nano", "adamw"), ("tokenizer/nano", "adamw"), ("text/nano", "muonclip")]
+    ("recipe", "optimizer"),
+    [("asr/nano", "adamw"), ("tokenizer/nano", "adamw"), ("text/nano", "muonclip"), ("speech/nano", "adamw")],
 )
 def test_resumed_run_equals_uninterrupted_run(recipe, optimizer, tmp_path):
     chosen = [f"optim.optimizer={optimizer}"]
