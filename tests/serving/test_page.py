@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,10 +77,10 @@ def test_segments_come_with_a_stream_that_asks_for_times(nano):
 
 
 class Browser:
-    """A Chromium whose microphone hears CLIP."""
+    """A Chromium whose microphone hears CLIP; what it saves goes to `saved`."""
 
-    def __init__(self, driver) -> None:
-        self.driver = driver
+    def __init__(self, driver, saved: Path) -> None:
+        self.driver, self.saved = driver, saved
 
     def open(self, url: str, width: int = 1100, height: int = 1000, dark: bool = False) -> None:
         self.driver.execute_cdp_cmd(
@@ -139,8 +141,9 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.add_experimental_option("prefs", {"download.default_directory": str(spoken.parent)})
     session = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield Browser(session)
+    yield Browser(session, spoken.parent)
     session.quit()
 
 
@@ -160,7 +163,7 @@ def test_a_file_is_heard_drawn_and_played(browser, nano):
     assert (
         0 < float(browser.at(".first").text.removesuffix(" s")) <= float(browser.at(".total").text.removesuffix(" s"))
     )
-    browser.until(lambda: "audio codes" in browser.at(".axis").text)
+    browser.until(lambda: "codes" in browser.at(".axis").text)
     for canvas in ("wave", "mel", "codes"):
         shades = browser.driver.execute_script(
             "const c = document.querySelector('.turn .' + arguments[0]);"
@@ -174,6 +177,59 @@ def test_a_file_is_heard_drawn_and_played(browser, nano):
     browser.until(lambda: browser.at(".play").get_attribute("aria-label") == "Pause")
     browser.at(".play").click()
     browser.until(lambda: browser.at(".play").get_attribute("aria-label") == "Play")
+    assert browser.complaints() == []
+
+
+def test_texts_are_saved_as_the_server_writes_them(browser, nano):
+    browser.open(nano.url)
+    browser.ready()
+    browser.at("#sample").click()
+    browser.heard()
+    options = {"file": ("sample.flac", SAMPLE.read_bytes()), "model": "nano"}
+    for ending, form in (("txt", "text"), ("srt", "srt")):
+        browser.at(f".{ending}").click()
+        path = browser.saved / f"sample.{ending}"
+        browser.until(lambda path=path: path.is_file() and path.stat().st_size)
+        expected = nano.client().audio.transcriptions.create(**options, response_format=form)
+        assert path.read_text(encoding="utf-8").strip() == expected.strip()
+    browser.at(".remove").click()
+    assert not browser.all(".turn")
+    assert browser.at("#nothing").is_displayed()
+
+
+def test_dropped_files_are_heard_in_turn_whatever_they_are(browser, nano, tmp_path):
+    av = pytest.importorskip("av", reason="needs the extra 'video'")
+    wave, rate = soundfile.read(SAMPLE, dtype="float32")
+    with av.open(str(tmp_path / "spoken.m4a"), "w") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.rate = rate
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    refused = requests.post(
+        f"{nano.url}/v1/audio/codes", files={"file": (tmp_path / "spoken.m4a").read_bytes()}, timeout=20
+    )
+    assert refused.status_code == 400  # the server cannot read it: the page makes a WAV of it
+    browser.open(nano.url)
+    browser.ready()
+    encoded = base64.b64encode((tmp_path / "spoken.m4a").read_bytes()).decode()
+    browser.driver.execute_async_script(
+        """
+        const done = arguments[1];
+        const held = new DataTransfer();
+        const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+        held.items.add(new File([bytes], "spoken.m4a"));
+        fetch("/static/sample.flac").then((answer) => answer.blob()).then((blob) => {
+          held.items.add(new File([blob], "second.flac"));
+          window.dispatchEvent(new DragEvent("drop", { dataTransfer: held, bubbles: true, cancelable: true }));
+          done();
+        });
+        """,
+        encoded,
+    )
+    browser.until(lambda: len(browser.all(".times:not([hidden])")) == 2)
+    assert [name.text for name in browser.all(".name")] == ["second.flac", "spoken.m4a"]
+    texts = [words(text.text) for text in browser.all(".text")]
+    assert len(set(texts[0]) & set(texts[1])) > 4
     assert browser.complaints() == []
 
 
@@ -221,7 +277,7 @@ def test_a_phone_has_nothing_to_scroll_sideways(browser, nano):
     browser.ready()
     browser.at("#sample").click()
     assert len(words(browser.heard())) > 4
-    browser.until(lambda: "audio codes" in browser.at(".axis").text)
+    browser.until(lambda: "codes" in browser.at(".axis").text)
     assert browser.overflow() == 0
     assert browser.complaints() == []
 

@@ -65,7 +65,7 @@ export function drawCodes(canvas, heard) {
       const from = start + i * heard.seconds_per_code;
       const to = Math.min(end, from + heard.seconds_per_code);
       // Turning by the golden ratio keeps neighbouring numbers far apart.
-      context.fillStyle = `hsl(${(code * 222.492) % 360} ${45 + (code % 3) * 12}% ${48 + (code % 5) * 5}%)`;
+      context.fillStyle = `oklch(${0.62 + (code % 5) * 0.05} 0.11 ${(code * 222.492) % 360})`;
       context.fillRect(from * scale, 0, Math.max(1, (to - from) * scale - 0.5), height);
     });
 }

@@ -9,7 +9,9 @@ import { Turn } from "./turn.js";
 
 // What the server's decoder reads; other files are sent as the WAV that this browser makes of them.
 const READABLE = /\.(wav|flac|ogg|oga|opus|mp3|aiff?|au|caf|w64)$/i;
-const REST = "Press to record; drop sound files anywhere.";
+const MOUSE = matchMedia("(hover: hover)").matches;
+const REST = MOUSE ? "Press to record; drop sound files anywhere." : "Press to record, or choose sound files.";
+const CALM = matchMedia("(prefers-reduced-motion: reduce)");
 
 const at = (id) => document.getElementById(id);
 const turns = [];
@@ -70,6 +72,7 @@ function add(name, samples, file, began = performance.now()) {
   at("turns").prepend(turn.element);
   tidy();
   turn.show();
+  turn.element.scrollIntoView({ block: "nearest", behavior: CALM.matches ? "auto" : "smooth" });
   const waits = working > 0;
   working += 1;
   queue = queue.then(async () => {
@@ -121,7 +124,7 @@ async function begin() {
     recorder = { ...opened, began: performance.now() };
     document.body.classList.add("recording");
     at("record-name").textContent = "Stop";
-    at("hint").textContent = "Listening. Press again when you are done, Escape to discard.";
+    at("hint").textContent = MOUSE ? "Press again to stop; Escape discards." : "Press again to stop.";
     say("Recording");
   } catch (error) {
     fault(error.message);
@@ -187,4 +190,5 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 });
 new ResizeObserver(() => drawRing(at("ring"), levels)).observe(at("ring"));
 
+at("hint").textContent = REST;
 connect();

@@ -108,7 +108,8 @@ export class Turn {
         else if (event.type === "transcript.text.done") this.done(event, first);
       }
     } catch (error) {
-      this.coming?.remove();
+      this.coming.classList.remove("coming"); // what was heard until then stays
+      if (!this.coming.textContent) this.coming.remove();
       this.about(error.name === "AbortError" ? "stopped" : "not heard");
       if (error.name !== "AbortError") this.fault(error.message);
     }
@@ -125,7 +126,7 @@ export class Turn {
     }
     const count = this.heard.pieces.reduce((sum, piece) => sum + piece.codes.length, 0);
     this.at(".codes").hidden = false;
-    this.at(".axis span").textContent = `waveform, mel spectrogram, ${count} audio codes`;
+    this.at(".axis span").textContent = `waveform, mel, ${count} codes`;
     this.draw();
   }
 
