@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from kimi_mm.conversion.convert import native_targets
 from kimi_mm.conversion.hub import locate
 from kimi_mm.conversion.loading import fill
+from kimi_mm.errors import UserError
 from kimi_mm.generation import TextSampling, generate_text
 from kimi_mm.hf.configuration import KimiMMConfig
 from kimi_mm.model import Model
@@ -102,6 +103,9 @@ class KimiMMForConditionalGeneration(PreTrainedModel):
 
         Returns:
             logits [B, T, V], and the loss with `labels`.
+
+        Raises:
+            UserError: padding on the left.
         """
         inputs = self._inputs(input_ids, audio_ids, attention_mask, media)
         logits = self.model.backbone.text_logits(self.model(inputs).text_hidden)
@@ -155,6 +159,10 @@ class KimiMMForConditionalGeneration(PreTrainedModel):
         blank = config.vocab.special("text_blank")
         audio_ids = torch.full_like(text_ids, blank) if audio_ids is None else audio_ids.clone()
         mask = torch.ones_like(text_ids) if attention_mask is None else attention_mask
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise UserError(
+                "attention_mask has zeros before ones; pad on the right (tokenizer.padding_side = 'right')."
+            )
         inputs = ModelInputs(text_ids, audio_ids, mask.sum(1))
         names = ("pixel_values", "grid_thw", "vision_at")
         for name in names:

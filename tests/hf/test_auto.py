@@ -14,6 +14,7 @@ import kimi_mm
 from kimi_mm.audio.io import read_audio
 from kimi_mm.checkpoint import PRETRAINED
 from kimi_mm.cli.main import app
+from kimi_mm.errors import UserError
 from kimi_mm.processing import ModelInputs
 
 transformers = pytest.importorskip("transformers")
@@ -55,6 +56,14 @@ def test_logits_and_loss(folder):
         torch.testing.assert_close(output.logits, ours.backbone.text_logits(hidden), atol=1e-5, rtol=1e-5)
     output.loss.backward()
     assert model.model.backbone.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_padding_on_the_left_is_refused(folder):
+    model = transformers.AutoModel.from_pretrained(folder)
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(UserError, match="pad on the right"):
+        model(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1]]))
+    assert model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0]])).logits.shape[:2] == (1, 3)
 
 
 def test_saving(folder, tmp_path):
