@@ -57,6 +57,9 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     else:
         status, message = 500, "the server made a mistake; its log says more."
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    # Both may quote the asker, whose JSON may hold halves of characters.
+    message = message.encode("utf-8", "replace").decode()
+    param = param and param.encode("utf-8", "replace").decode()
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers
 
 

@@ -23,6 +23,7 @@ class ServeConfig(Config):
     max_body_mib: int = 32
     max_bodies_mib: int = 256  # of all requests together
     max_audio_seconds: float = 7200.0
+    max_prompt: int = 8192  # positions of a conversation; a second of sound has 12.5
     # How many at a time. Beyond `max_requests` they wait, beyond `max_waiting` they get 429.
     max_requests: int = 16
     max_waiting: int = 32
