@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import kimi_mm
 from kimi_mm.config import ConfigError
 from kimi_mm.data.debug import write_debug_data, write_debug_dialogs, write_debug_targets
 from kimi_mm.data.loader import training_texts
@@ -13,6 +14,7 @@ from kimi_mm.data.manifest import ManifestError
 from kimi_mm.data.resample import to_16k
 from kimi_mm.data.spoken_loader import END, SpokenLoader
 from kimi_mm.errors import CheckpointError
+from kimi_mm.generation_speech import SpeechSampling, TokenSampling
 from kimi_mm.model import Model
 from kimi_mm.processing import IGNORE, Processor
 from kimi_mm.text.tokenizer import TextTokenizer
@@ -20,6 +22,7 @@ from kimi_mm.training.recipe import load_recipe
 from kimi_mm.training.run import train
 from kimi_mm.training.schedule import source_of_step
 from kimi_mm.training.spoken_objective import SpokenObjective
+from kimi_mm.types import CodePiece, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,13 @@ def test_both_streams_learn(tmp_path):
     for name in ("speak_text", "speak_audio", "answer_text", "answer_audio"):
         assert last[name] < 0.8 * first[name], name
     assert last["speak_right"] > first["speak_right"]
+    # What was read out in training lasts 0.8 s, and so does what the model says now: the layouts agree.
+    engine = kimi_mm.load(tmp_path / "model")
+    sampling = SpeechSampling(audio=TokenSampling(temperature=0.0))
+    events = list(engine.speak_stream("buzz", sampling=sampling, generator=torch.Generator().manual_seed(0)))
+    said = [code for event in events if isinstance(event, CodePiece) for code in event.codes]
+    assert 8 <= len(said) <= 12
+    assert [event.audio for event in events if isinstance(event, Stopped)] == ["eos"]
 
 
 def test_what_cannot_be_learnt_from_is_refused(parts, tmp_path):
