@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from kimi_mm import __version__
-from kimi_mm.serving import chat, page, problems, transcriptions
+from kimi_mm.serving import chat, page, problems, speech, transcriptions
 from kimi_mm.serving.guard import Guard
 from kimi_mm.serving.metrics import Timed
 from kimi_mm.serving.service import Service
@@ -35,6 +35,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     problems.install(app)
     _add_status(app, service)
     app.include_router(chat.routes(service))
+    app.include_router(speech.routes(service))
     app.include_router(transcriptions.routes(service))
     app.include_router(page.routes(service))
     # The one added last stands outermost.
