@@ -83,10 +83,18 @@ def run(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if _interrupted(error):
+            sys.exit(130)
         if debugging():
             raise
         complain(describe(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Tells whether Ctrl-C is behind an error: compiled modules that are being imported turn it into an ImportError."""
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt) or (cause is not None and _interrupted(cause))
 
 
 def _terminate(signum: int, frame: Any) -> None:
