@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kimi_mm.config import VocabConfig
 from kimi_mm.model import Model
 from kimi_mm.processing import ModelInputs
 
@@ -75,9 +74,8 @@ def generate_text(
     if len(alive) < batch:
         cache, hidden = cache.select(alive), hidden[alive]
     while alive:
-        # Text and special ids come first; the audio codes after them would cost half of the product.
-        logits = _allowed(model.backbone.text_logits(hidden, vocab.audio_offset)[:, -1].float(), vocab)
-        chosen = _choose(logits, sampling, generator)
+        logits = text_logits(model, hidden)
+        chosen = choose_text(logits, sampling, generator)
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
         keep = []
         for slot, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
@@ -124,8 +122,8 @@ def stream_text(
     cache = model.backbone.new_cache(1, device=inputs.text_ids.device, dtype=model.backbone.embed_tokens.weight.dtype)
     hidden = model(inputs, cache).text_hidden[:, int(inputs.lengths[0]) - 1, None]
     while len(tokens) < sampling.max_tokens:
-        logits = _allowed(model.backbone.text_logits(hidden, vocab.audio_offset)[:, -1].float(), vocab)
-        chosen = _choose(logits, sampling, generator)
+        logits = text_logits(model, hidden)
+        chosen = choose_text(logits, sampling, generator)
         tokens.append(int(chosen))
         if tokens[-1] == eos or loop_period(tokens):
             return
@@ -148,11 +146,14 @@ def loop_period(tokens: list[int], copies: int = 3, longest: int = 24) -> int:
     return 0
 
 
-def _allowed(logits: torch.Tensor, vocab: VocabConfig) -> torch.Tensor:
-    """Forbids everything but text ids and `text_eos` in logits [B, ids].
+def text_logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns fp32 logits [B, ids] of the last of hidden [B, T, D]; all but text ids and `text_eos` forbidden.
 
     A vocabulary without audio is a published text model's, whose specials (tool calls, <think>) are part of its text.
     """
+    vocab = model.config.vocab
+    # Text and special ids come first; the audio codes after them would cost half of the product.
+    logits = model.backbone.text_logits(hidden, vocab.audio_offset)[:, -1].float()
     if not vocab.num_audio_codes:
         return logits
     eos = vocab.special("text_eos")
@@ -162,7 +163,8 @@ def _allowed(logits: torch.Tensor, vocab: VocabConfig) -> torch.Tensor:
     return logits
 
 
-def _choose(logits: torch.Tensor, sampling: TextSampling, generator: torch.Generator | None) -> torch.Tensor:
+def choose_text(logits: torch.Tensor, sampling: TextSampling, generator: torch.Generator | None) -> torch.Tensor:
+    """Chooses one id [B] for each row of logits [B, ids]; greedy choices draw nothing from `generator`."""
     if sampling.temperature <= 0:
         return logits.argmax(-1)
     scaled = logits / sampling.temperature

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kimi_mm.generation import TextSampling, _allowed, _choose, loop_period
+from kimi_mm.generation import TextSampling, choose_text, loop_period, text_logits
 from kimi_mm.pipeline import KimiMM
 from kimi_mm.processing import AudioClip, Streams
 from kimi_mm.text.cache import BackboneCache, KDAState
@@ -112,12 +112,12 @@ class RunningBatch:
         """
         if self._cache is None:
             return []
-        model, vocab = self.kimi.model, self.kimi.config.vocab
-        logits = _allowed(model.backbone.text_logits(self._hidden, vocab.audio_offset)[:, -1].float(), vocab)
+        model = self.kimi.model
+        logits = text_logits(model, self._hidden)
         chosen = logits.argmax(-1)
         for slot, row in enumerate(self.rows):
             if row.sampling.temperature > 0:
-                chosen[slot] = _choose(logits[slot, None], row.sampling, row.generator)[0]
+                chosen[slot] = choose_text(logits[slot, None], row.sampling, row.generator)[0]
         news: list[tuple[Row, int | None]] = []
         for row, token in zip(self.rows, chosen.tolist(), strict=True):
             if token == self._eos or not row.sampling.max_tokens:
