@@ -1,15 +1,15 @@
 """The process: bind, load, serve, and stop cleanly.
 
-bind ─► load the model, while the web framework is imported ─► listen ─► "ready" ─► SIGTERM ─► refuse those who
-wait, finish those inside ─► stop
+bind ─► load the model ─► listen ─► "ready" ─► SIGTERM ─► refuse those who wait, finish those inside ─► stop
+
+Nothing is imported on a second thread while the model loads: two threads that import packages which import lazily
+themselves can wait for each other for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import threading
-from typing import Any
 
 from kimi_mm.errors import UserError
 from kimi_mm.serving.settings import ServeConfig
@@ -22,14 +22,14 @@ def serve(config: ServeConfig, api_key: str | None = None) -> None:
         UserError: the address cannot be taken, or the model cannot be loaded.
     """
     listener = _bind(config.host, config.port)
-    loading = _Loading(config)
     import uvicorn
 
+    import kimi_mm
     from kimi_mm.serving.app import create_app
     from kimi_mm.serving.connections import Connection, GatedServer
     from kimi_mm.serving.service import Service
 
-    service = Service.of(loading.result(), config)
+    service = Service.of(kimi_mm.load(config.model, config.device), config)
     settings = uvicorn.Config(
         create_app(service, api_key),
         http=type("BoundConnection", (Connection,), {"header_seconds": config.header_seconds}),
@@ -50,30 +50,6 @@ def serve(config: ServeConfig, api_key: str | None = None) -> None:
     finally:
         service.engine.close()
         listener.close()
-
-
-class _Loading:
-    """Loads the model on a thread of its own."""
-
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = config
-        self._result: Any = None
-        self._thread = threading.Thread(target=self._load, daemon=True)
-        self._thread.start()
-
-    def _load(self) -> None:
-        try:
-            import kimi_mm
-
-            self._result = kimi_mm.load(self._config.model, self._config.device)
-        except BaseException as error:
-            self._result = error
-
-    def result(self) -> Any:
-        self._thread.join()
-        if isinstance(self._result, BaseException):
-            raise self._result
-        return self._result
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -28,6 +28,7 @@ from kimi_mm.model import Model
 from kimi_mm.text.attention import PeakLogits
 from kimi_mm.text.moe import Router
 from kimi_mm.training import qk_clip
+from kimi_mm.training.curves import Curves
 from kimi_mm.training.guard import Guard
 from kimi_mm.training.meters import ConsoleTable, Meters
 from kimi_mm.training.muon import Muon, is_hidden_matrix
@@ -146,7 +147,7 @@ class Trainer:
             n: Prefetcher(self.parallel.deal(loader)) for n, loader in self.loaders.items() if loader is not None
         }
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _in_main_thread() else None
-        writer = _summary_writer(self.run) if self.parallel.main else None
+        curves = Curves(self.run) if self.parallel.main else None
         window: list[dict[str, torch.Tensor]] = []
         logged: dict[str, float] = {}
         self.objective.train()
@@ -167,7 +168,7 @@ class Trainer:
                         logged |= self.meters.speed(seconds, self.parallel.groups, self.parallel.world)
                         logged["lr"] = self.optimizer.param_groups[0]["lr"]
                         mark, marked, window = time.monotonic(), self.step, []
-                        self._report(logged, writer, bar)
+                        self._report(logged, curves, bar)
                     if self.step == recipe.stop_after:
                         self.stopped = True
                     if recipe.time_limit_seconds and time.monotonic() - self.started > recipe.time_limit_seconds:
@@ -179,8 +180,8 @@ class Trainer:
         finally:
             for source in sources.values():
                 source.close()
-            if writer is not None:
-                writer.close()
+            if curves is not None:
+                curves.close()
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
         return logged
@@ -342,19 +343,12 @@ class Trainer:
         both = self.parallel.mean(both)
         return Meters.roots(dict(zip(names, (both[0] / both[1]).tolist(), strict=True)))
 
-    def _report(self, numbers: dict[str, float], writer: Any, bar: Progress) -> None:
-        if writer is not None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, self.step)
+    def _report(self, numbers: dict[str, float], curves: Curves | None, bar: Progress) -> None:
+        if curves is not None:
+            curves.add(numbers, self.step)
         if self.parallel.main:
             for line in self.table.lines(f"step {self.step}/{self.recipe.steps}", numbers):
                 bar.console.print(line, highlight=False, soft_wrap=True)
-
-
-def _summary_writer(run: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"))
 
 
 class _progress:

@@ -36,7 +36,6 @@ class Server:
 
     process: subprocess.Popen
     url: str
-    ready_seconds: float
     model: str
     key: str | None
     log: list[str] = field(default_factory=list)
@@ -68,17 +67,19 @@ class Server:
 
 
 def start(folder: Path, model: str = "nano", key: str | None = None, settings: str = "", *arguments: str) -> Server:
-    """Starts a server and waits until it says that it is ready."""
+    """Starts a server and waits until it says that it is ready; one that hangs is ended, and says where it was."""
     config = folder / "serve.yaml"
     config.write_text(settings or "{}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     environment.pop("KIMI_MM_API_KEY", None)
     if key is not None:
         (folder / "key").write_text(key + "\n")
         arguments = (*arguments, "--api-key-file", str(folder / "key"))
     command = [sys.executable, "-m", "kimi_mm", "serve", "--model", model, "--port", "0", "--config", str(config)]
-    began = time.monotonic()
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+    watchdog = threading.Timer(100, process.send_signal, (signal.SIGABRT,))
+    watchdog.daemon = True
+    watchdog.start()
     log: list[str] = []
     assert process.stderr is not None
     for line in process.stderr:
@@ -87,7 +88,8 @@ def start(folder: Path, model: str = "nano", key: str | None = None, settings: s
             break
     else:
         raise AssertionError(f"the server ended with {process.wait()}: {''.join(log)}")
-    server = Server(process, found[1], time.monotonic() - began, Path(model).name, key, log)
+    watchdog.cancel()
+    server = Server(process, found[1], Path(model).name, key, log)
     # A full pipe would stop the server.
     threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True).start()
     return server

@@ -52,5 +52,5 @@ def test_slow_headers_end_the_connection(tiny, sent):
         slow.sendall(sent)
         began = time.monotonic()
         assert slow.recv(100) == b""
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 20
     assert requests.get(f"{tiny.url}/health", timeout=20).status_code == 200

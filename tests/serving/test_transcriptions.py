@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -32,10 +31,6 @@ def wav(samples: np.ndarray, rate: int = 16_000) -> bytes:
 
 def hear(server, data: bytes = FILE, name: str = "clip.flac", **options):
     return server.client().audio.transcriptions.create(file=(name, data), model=server.model, **options)
-
-
-def test_ready_in_time(nano):
-    assert nano.ready_seconds < 12  # the target is 6 s on cores that nobody else uses
 
 
 def test_models(nano):
@@ -170,10 +165,8 @@ def test_bad_starts(arguments, words):
 
 def test_port_in_use(nano):
     command = [sys.executable, "-m", "kimi_mm", "serve", "--port", str(nano.address[1])]
-    began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, "cannot be taken" in done.stderr) == (1, True), done.stderr
-    assert time.monotonic() - began < 10
 
 
 def test_openapi_describes_it(nano):

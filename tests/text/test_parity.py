@@ -106,7 +106,7 @@ def test_logits(pair):
         want = theirs(ids).logits
         got = ours.text_logits(ours(ours.embed(ids)).text_hidden)
     assert want.std() > 0.1
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, want, atol=1e-5 * want.abs().max().item(), rtol=0.0)
 
 
 def test_cached_decoding(pair):
@@ -117,7 +117,8 @@ def test_cached_decoding(pair):
         cache = ours.new_cache(2)
         pieces = [ids[:, :19], ids[:, 19:26], *ids[:, 26:].split(1, 1)]
         got = torch.cat([ours.text_logits(ours(ours.embed(p), cache=cache).text_hidden) for p in pieces], 1)
-    torch.testing.assert_close(got, want, atol=5e-5, rtol=1e-5)  # fp32, other order of summation than the chunk form
+    # The order of summation is not that of the chunk form.
+    torch.testing.assert_close(got, want, atol=2e-5 * want.abs().max().item(), rtol=0.0)
 
 
 def test_key_map_round_trip(pair):

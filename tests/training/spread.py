@@ -10,6 +10,7 @@ import torch
 
 from kimi_mm.training import state_sharded, trainer
 from kimi_mm.training.run import train
+from tests.training.processes import print_nowhere
 
 BASE = ["steps=4", "save_every=4", "log_every=1", "cuda_graphs=false", "optim.warmup_steps=1"]
 SMALL = [*BASE, "gradient_accumulation=4"]
@@ -20,9 +21,9 @@ def losses(run: Path, *overrides: str) -> list[dict[str, float]]:
     seen: list[dict[str, float]] = []
     real = trainer.Trainer._report
 
-    def report(self, numbers, writer, bar):
+    def report(self, numbers, curves, bar):
         seen.append({name: value for name, value in numbers.items() if "second" not in name})
-        return real(self, numbers, writer, bar)
+        return real(self, numbers, curves, bar)
 
     trainer.Trainer._report = report
     try:
@@ -34,6 +35,7 @@ def losses(run: Path, *overrides: str) -> list[dict[str, float]]:
 
 def full_disk(run: Path, victim: int) -> str:
     """Saves step 1; at step 2 one process finds no room for files. Returns what the run ends with."""
+    print_nowhere()
     real = state_sharded.dcp.save
 
     def save(*arguments, **options):

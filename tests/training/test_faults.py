@@ -15,7 +15,7 @@ from kimi_mm.errors import CheckpointError
 from kimi_mm.training import state
 from kimi_mm.training.guard import Guard, GuardConfig, TrainingError
 from kimi_mm.training.run import train
-from tests.training.processes import start, together
+from tests.training.processes import print_nowhere, start, together
 
 SMALL = ["steps=4", "save_every=1", "optim.optimizer=muonclip", "guard.spike_sigmas=50"]
 
@@ -85,6 +85,7 @@ def test_killed_while_saving(module, function, call, last, whole, tmp_path):
 
 def without_room(run: Path) -> tuple[str, list[str]]:
     """Trains two steps, then on, and from the first save with a limit on files that no checkpoint fits into."""
+    print_nowhere()
     train("text/nano", debug=True, output=run, overrides=[*SMALL, "stop_after=2"])
     real = state.save_file
 
