@@ -6,7 +6,8 @@ With `hidden_layers=0` there is no transformer and no projection: the F = poolin
 the pooled frames and quantized directly, as the published 12.5 Hz tokenizer of GLM-4-Voice does.
 
 The codebook follows its vectors by exponential moving averages (van den Oord et al. 2017, appendix A.1); codes that
-fall out of use are placed on vectors of the current batch.
+fall out of use are placed on vectors of the current step. Batches are counted as they pass (`forward` in training
+mode), and `update_codebook` moves the codebook: once for a step, whatever batches and processes it is made of.
 
 Shapes: B rows, N codes, F feature width, D hidden size, C code width, K codes in the codebook.
 """
@@ -43,6 +44,26 @@ class QuantizerState:
 
     def clone(self) -> QuantizerState:
         return QuantizerState(list(self.past), self.position)
+
+
+@dataclass
+class Counted:
+    """What the batches of a step say about the codes, to be put together over batches and processes.
+
+    `sums` [K, 1 + C] adds up: how many vectors a code took, and their sum. `keys` [K] and `spares` [K, C] are a draw: a
+    vector for each code, in case it has to be revived, and the key that it was drawn with, -inf where there was none to
+    draw; the largest key wins.
+    """
+
+    sums: torch.Tensor
+    keys: torch.Tensor
+    spares: torch.Tensor
+
+    def add(self, other: Counted) -> None:
+        """Takes in what another batch, or another process, counted."""
+        self.sums = self.sums + other.sums
+        self.spares = torch.where((other.keys > self.keys)[:, None], other.spares, self.spares)
+        self.keys = torch.maximum(self.keys, other.keys)
 
 
 class VectorQuantizer(nn.Module):
@@ -83,9 +104,10 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_count", torch.ones(quantizer.codebook_size))
         self.register_buffer("ema_sum", codebook.clone())
+        self.counted: Counted | None = None
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> Quantized:
-        """Quantizes feature rows; in training mode, with gradients on, the codebook learns from them.
+        """Quantizes feature rows; in training mode, with gradients on, they are counted for `update_codebook`.
 
         Args:
             features: [B, N, F].
@@ -100,7 +122,7 @@ class VectorQuantizer(nn.Module):
         valid = torch.ones(codes.shape, device=codes.device) if mask is None else mask.float()
         commitment = ((z - quantized).square().mean(-1) * valid).sum() / valid.sum().clamp_min(1.0)
         if self.training and torch.is_grad_enabled():
-            self._update(z.detach(), codes, valid)
+            self._count(z.detach(), codes, valid)
         return Quantized(codes, z + (quantized - z).detach(), self.config.commitment_weight * commitment)
 
     def project(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -168,20 +190,37 @@ class VectorQuantizer(nn.Module):
         self.ema_sum.copy_(self.codebook)
 
     @torch.no_grad()
-    def _update(self, z: torch.Tensor, codes: torch.Tensor, valid: torch.Tensor) -> None:
-        decay, size = self.config.ema_decay, len(self.codebook)
-        z, codes, valid = z.flatten(0, 1), codes.flatten(), valid.flatten()
-        count = torch.zeros(size, device=z.device).index_add_(0, codes, valid)
-        total = torch.zeros_like(self.ema_sum).index_add_(0, codes, z * valid[:, None])
+    def update_codebook(self) -> None:
+        """Moves the codebook to what was counted since the last call; in a run of several, by every process."""
+        if self.counted is None:
+            return
+        counted, self.counted = self.counted, None
+        decay = self.config.ema_decay
+        count, total = counted.sums[:, 0], counted.sums[:, 1:]
         self.ema_count.mul_(decay).add_(count, alpha=1 - decay)
         self.ema_sum.mul_(decay).add_(total, alpha=1 - decay)
-        # Valid positions come first in `order`, so a fraction of their number picks one of them without a host sync.
-        order = valid.argsort(descending=True, stable=True)
-        pick = order[(torch.rand(size, device=z.device) * valid.sum()).long().clamp_max(len(order) - 1)]
-        dead = (self.ema_count < self.config.revive_below) & (valid.sum() > 0)
+        # Without a single vector there is nothing to revive a code with.
+        dead = (self.ema_count < self.config.revive_below) & counted.keys.isfinite()
         self.ema_count.copy_(torch.where(dead, torch.ones_like(self.ema_count), self.ema_count))
-        self.ema_sum.copy_(torch.where(dead[:, None], z[pick], self.ema_sum))
+        self.ema_sum.copy_(torch.where(dead[:, None], counted.spares, self.ema_sum))
         self.codebook.copy_(self.ema_sum / self.ema_count[:, None])
+
+    @torch.no_grad()
+    def _count(self, z: torch.Tensor, codes: torch.Tensor, valid: torch.Tensor) -> None:
+        size = len(self.codebook)
+        z, codes, valid = z.flatten(0, 1), codes.flatten(), valid.flatten()
+        sums = torch.zeros(size, 1 + z.shape[1], device=z.device)
+        sums.index_add_(0, codes, torch.cat([valid[:, None], z * valid[:, None]], 1))
+        # Valid positions come first in `order`, so a fraction of their number picks one of them without a host sync.
+        order, number = valid.argsort(descending=True, stable=True), valid.sum()
+        pick = order[(torch.rand(size, device=z.device) * number).long().clamp_max(len(order) - 1)]
+        # The largest of keys u^(1 / n) draws from all batches as if they were one (Efraimidis and Spirakis 2006).
+        keys = torch.rand(size, device=z.device).clamp_min(1e-30).log() / number
+        mine = Counted(sums, keys, z[pick])
+        if self.counted is None:
+            self.counted = mine
+        else:
+            self.counted.add(mine)
 
 
 def usage(counts: torch.Tensor) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from kimi_mm import kernels
 from kimi_mm.config import ConfigError
@@ -21,6 +22,7 @@ from kimi_mm.training.freezing import add_lora, freeze
 from kimi_mm.training.recipe import Recipe
 
 Losses = dict[str, torch.Tensor]
+OPTIONAL = ("vision", "speech")  # parts that a micro-batch without pictures, or without codes to learn, does not reach
 
 
 class DocumentObjective(nn.Module):
@@ -37,6 +39,8 @@ class DocumentObjective(nn.Module):
         self._model = [model]  # not a submodule: the tokenizer and the voice stay out of the optimiser
         self._frozen = freeze(model, tuple(dict.fromkeys(("audio", *recipe.freeze))))
         self.smoothing, self.speech_weight = recipe.label_smoothing, recipe.data.speech_weight
+        self.everywhere = False  # set in runs of several processes: gradients reach every part, if only with zeros
+        self.reached: set[str] = set()  # of OPTIONAL, since it was last cleared
         if recipe.lora is not None:
             self._frozen += add_lora(model.backbone, recipe.lora)
 
@@ -65,7 +69,28 @@ class DocumentObjective(nn.Module):
             heard = output.audio_hidden.flatten(0, 1).index_select(0, batch.audio_positions)
             losses["speech"] = self._loss(heard, self._head(self.backbone.audio_head), batch.audio_labels)
             total = total + self.speech_weight * losses["speech"]
+        reached = {"vision": batch.inputs.vision_at is not None, "speech": len(batch.audio_labels) > 0}
+        self.reached |= {name for name in OPTIONAL if reached[name]}
+        for name in OPTIONAL if self.everywhere else ():
+            if not reached[name]:
+                total = total + self._nothing(name, output.audio_hidden)
         return {"loss": total, **losses}
+
+    def optional_parts(self) -> dict[str, list[nn.Parameter]]:
+        """Returns what learns in each part that micro-batches may not reach."""
+        backbone = self.backbone
+        modules = {"vision": [self.vision], "speech": [backbone.audio, backbone.audio_head]}
+        return {
+            name: [p for module in modules[name] if module is not None for p in module.parameters() if p.requires_grad]
+            for name in OPTIONAL
+        }
+
+    def _nothing(self, name: str, audio_hidden: torch.Tensor | None) -> torch.Tensor | float:
+        """Zero, through all that learns in a part: ranks exchange gradients of what any of them has reached."""
+        through = [p.flatten()[:1].sum() for p in self.optional_parts()[name] if not isinstance(p, DTensor)]
+        if name == "speech" and audio_hidden is not None:
+            through.append(audio_hidden[:, :1].sum())
+        return 0.0 * torch.stack(through).float().sum() if through else 0.0
 
     def _head(self, own: nn.Linear | None) -> torch.Tensor:
         return self.backbone.embed_tokens.weight if own is None else own.weight

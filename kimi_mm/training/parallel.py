@@ -28,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kimi_mm.audio.quantizer import Counted, VectorQuantizer
 from kimi_mm.config import ConfigError
 from kimi_mm.data.loader import TextBatch
 from kimi_mm.processing import IGNORE
@@ -36,11 +37,9 @@ from kimi_mm.text.context import Context
 from kimi_mm.text.expert_parallel import ExpertPlace
 from kimi_mm.text.mlp import DenseMLP
 from kimi_mm.text.moe import Experts, Router
+from kimi_mm.training.document_objective import DocumentObjective
 from kimi_mm.training.recipe import Recipe
 from kimi_mm.training.sharding import expert_places, local
-
-# Stages whose objectives keep nothing that differs between processes; the quantizer of the others follows its batches.
-SPREADABLE = ("text", "asr", "vision", "detokenizer", "pretrain", "sft")
 
 
 def join_processes() -> None:
@@ -149,9 +148,9 @@ class Parallel:
         backbone = getattr(objective, "backbone", None)
         self.backbone = backbone if isinstance(backbone, Backbone) else None
         moe = None if self.backbone is None else self.backbone.config.moe
+        if config.expert > 1 and self.backbone is None:
+            raise ConfigError(f"parallel.expert={config.expert}: stage '{recipe.stage}' trains no experts.")
         config.check_world(self.world, None if moe is None else moe.num_experts, recipe.gradient_accumulation)
-        if self.world > 1 and recipe.stage not in SPREADABLE:
-            raise ConfigError(f"stage '{recipe.stage}' trains in one process; start it without a launcher.")
         if self.world > 1 and recipe.anneal_by_time:
             raise ConfigError("anneal_by_time: the clocks of several processes differ; train in one, or by steps.")
         if config.context > 1 and recipe.stage != "text":
@@ -159,6 +158,8 @@ class Parallel:
         self.groups = self.world // config.context
         self.group = self.rank // config.context
         self.objective = objective.to(device)
+        if self.world > 1 and isinstance(objective, DocumentObjective):
+            objective.everywhere = True
         self.context = self._context() if config.context > 1 else None
         step = TrainingStep(objective, recipe, self.context)
         if config.expert > 1:
@@ -287,6 +288,19 @@ class Parallel:
                 flat /= dist.get_world_size(group)
                 for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                     gradient.copy_(part.view_as(gradient))
+        self._drop_unreached()
+
+    def _drop_unreached(self) -> None:
+        """Leaves parts that no micro-batch of the step has reached without gradients, as they are in one process."""
+        if self.world == 1 or not isinstance(self.objective, DocumentObjective):
+            return
+        parts = self.objective.optional_parts()
+        reached = torch.tensor([float(name in self.objective.reached) for name in parts])
+        dist.all_reduce(reached)  # on the CPU: the device need not be waited for
+        self.objective.reached = set()
+        for parameters, known in zip(parts.values(), reached.tolist(), strict=True):
+            for parameter in parameters if not known else ():
+                parameter.grad = None
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         """Scales gradients so that their norm over all ranks is at most `limit`; returns the norm before."""
@@ -322,6 +336,18 @@ class Parallel:
             dist.all_reduce(loads)
             for router, load in zip(routers, loads.split([len(router.load) for router in routers]), strict=True):
                 router.load.copy_(load)
+
+    def sum_codes(self) -> None:
+        """Puts together what the quantizers of all ranks counted, see `kimi_mm.audio.quantizer.Counted`."""
+        for module in self.objective.modules() if self.world > 1 else ():
+            if isinstance(module, VectorQuantizer) and (counted := module.counted) is not None:
+                best = counted.keys.clone()
+                dist.all_reduce(best, dist.ReduceOp.MAX)
+                won = (counted.keys == best) & best.isfinite()
+                both = torch.cat([counted.sums, torch.where(won[:, None], counted.spares, 0.0)], 1)
+                dist.all_reduce(both)
+                sums, spares = both.split([counted.sums.shape[1], counted.spares.shape[1]], 1)
+                module.counted = Counted(sums, best, spares)
 
     def mean(self, numbers: Tensor) -> Tensor:
         """Averages numbers of any shape over the ranks."""

@@ -69,7 +69,7 @@ def train(
         ConfigError, CheckpointError: before any training, when the recipe, its data or its starting weights cannot
             be used.
     """
-    from kimi_mm.training.parallel import from_main, join_processes
+    from kimi_mm.training.parallel import from_main, join_processes, own_device
     from kimi_mm.training.trainer import Trainer
 
     join_processes()
@@ -118,10 +118,10 @@ def train(
         objective = SpokenObjective(model, settings)
     else:
         objective = build_objective(model, settings, teacher)
-    trainer = Trainer(settings, objective, speech, text, output, scenes, documents, _spoken(settings, processor))
-    model.to(trainer.parallel.device)
-    if teacher is not None and trainer.step == 0 and isinstance(speech, SpeechLoader):
+    model.to(own_device())
+    if teacher is not None and isinstance(speech, SpeechLoader):
         _seed_codebook(model, speech)
+    trainer = Trainer(settings, objective, speech, text, output, scenes, documents, _spoken(settings, processor))
     numbers = trainer.train(resume=resume)
     if settings.lora is not None:
         merge_lora(model.backbone)

@@ -1,6 +1,6 @@
 """The training loop: exact resume, any number of processes, TensorBoard, a progress bar.
 
-loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► guard ─► optimiser ─► (expert bias, QK-clip) ─► log / save
+loaders ─► batch ─► objective ─► loss ─► backward ─► clip ─► guard ─► optimiser ─► (experts, codebook, QK-clip) ─► log
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from kimi_mm.audio.quantizer import VectorQuantizer
 from kimi_mm.data.document_loader import DocumentLoader
 from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextLoader
 from kimi_mm.data.scene_loader import SceneLoader
@@ -156,7 +157,7 @@ class Trainer:
                 bar.update(task, completed=self.step)
                 mark, marked = time.monotonic(), self.step
                 while self.step < recipe.steps and not self.stopped:
-                    window.append(self._one_step(sources))
+                    window += self._one_step(sources)
                     self.step += 1
                     bar.update(task, completed=self.step)
                     if self._logs(self.step):
@@ -186,7 +187,8 @@ class Trainer:
                 signal.signal(signal.SIGTERM, previous)
         return logged
 
-    def _one_step(self, sources: dict[str, Prefetcher]) -> dict[str, torch.Tensor]:
+    def _one_step(self, sources: dict[str, Prefetcher]) -> list[dict[str, torch.Tensor]]:
+        """Takes a step; returns the losses of each of this process's micro-batches, and the numbers of the step."""
         recipe = self.recipe
         factor = lr_factor(self._progress(), recipe.steps, recipe.optim)
         for group in self.optimizer.param_groups:
@@ -204,18 +206,16 @@ class Trainer:
                 (losses["loss"] / self.parallel.micro_batches).backward()
             parts.append({name: value.detach() for name, value in losses.items()})
         self.parallel.finish_gradients()
-        names = {name for part in parts for name in part}
-        numbers = {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
-        numbers["grad_norm"] = norm = self._clip()
-        numbers |= self.meters.hidden()
-        if self._agree(origin, numbers["loss"], norm):
+        norm = self._clip()
+        numbers = {"grad_norm": norm, **self.meters.hidden()}
+        taken = self._agree(origin, torch.stack([part["loss"] for part in parts]).mean(), norm)
+        if taken:
             self.optimizer.step()
             numbers |= self._after_update()
         else:
             self._forget_step()
-            numbers = {}
         self.optimizer.zero_grad(set_to_none=True)
-        return numbers
+        return [*parts, numbers] if taken else []
 
     def _agree(self, origin: str, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Decides with all processes whether the step is taken, and whether it is the last: one wait for the device."""
@@ -226,13 +226,17 @@ class Trainer:
         return self.guard.passes(self.step, origin, mean_loss, size)
 
     def _after_update(self) -> dict[str, torch.Tensor]:
-        """What follows an optimiser step: experts are balanced, attention logits are clipped."""
+        """What follows an optimiser step: experts are balanced, codebooks move, attention logits are clipped."""
         found: dict[str, torch.Tensor] = {}
         if self.parallel.backbone is not None:
             self.parallel.sum_loads()
             if self.meters.awake:
                 found = self.meters.loads()
             self.parallel.backbone.update_expert_bias()
+        self.parallel.sum_codes()
+        for module in self.objective.modules():
+            if isinstance(module, VectorQuantizer):
+                module.update_codebook()
         if self.recipe.optim.optimizer == "muonclip":
             found["qk_max"] = qk_clip.apply(self.objective, self.recipe.optim.qk_clip)
         return found
@@ -247,6 +251,8 @@ class Trainer:
                 module.load.zero_()
             if isinstance(module, PeakLogits):
                 module.peak.zero_()
+            if isinstance(module, VectorQuantizer):
+                module.counted = None
 
     def _clip(self) -> torch.Tensor:
         """Clips gradients, by `clip_groups` where an objective has parts that do not share a loss; returns a norm."""
@@ -330,7 +336,7 @@ class Trainer:
         self.asked = True
 
     def _mean(self, window: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Means over the steps of a window and over all processes, of which some may lack a number."""
+        """Means over micro-batches and steps of a window and over all processes, of which some may lack a number."""
         names = self.parallel.union({name for numbers in window for name in numbers})
         if not names:
             return {}

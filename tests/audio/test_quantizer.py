@@ -80,12 +80,39 @@ def test_moving_averages() -> None:
     features = torch.randn(3, 5, 24)
     mask = torch.rand(3, 5) < 0.6
     z, codes = quantizer.project(features)[mask], quantizer(features, mask).codes[mask]
+    assert torch.equal(quantizer.codebook, before)
+    quantizer.update_codebook()
     for code in range(16):
         mine = z[codes == code]
         count = 0.9 + 0.1 * len(mine)
         expected = (0.9 * before[code] + 0.1 * mine.sum(0)) / count
         torch.testing.assert_close(quantizer.codebook[code], expected)
         torch.testing.assert_close(quantizer.ema_count[code], torch.tensor(count))
+
+
+def test_batches_of_a_step_count_as_one() -> None:
+    one, other = (make(hidden_layers=0, revive_below=0.0).train() for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    features, mask = torch.randn(4, 5, 24), torch.rand(4, 5) < 0.6
+    one(features, mask)
+    for rows in (slice(0, 1), slice(1, 4)):
+        other(features[rows], mask[rows])
+    for quantizer in (one, other):
+        quantizer.update_codebook()
+    torch.testing.assert_close(other.codebook, one.codebook)
+    assert not torch.equal(one.codebook, make(hidden_layers=0).codebook)
+
+
+def test_revived_codes_are_drawn_from_all_batches_of_a_step_by_their_vectors() -> None:
+    quantizer = make(codebook_size=4000, hidden_layers=0, revive_below=2.0).train()
+    first, second = torch.full((1, 1, 24), 10.0), torch.full((1, 3, 24), -10.0)
+    quantizer(first)
+    quantizer(torch.randn(1, 2, 24), torch.zeros(1, 2, dtype=torch.bool))
+    quantizer(second)
+    quantizer.update_codebook()
+    share = (quantizer.codebook[:, 0] > 5).float().mean()
+    assert 0.2 < share < 0.3  # one vector of four
+    assert (quantizer.codebook.abs() > 5).all()
 
 
 def test_dead_codes_come_back_on_valid_vectors() -> None:
@@ -95,6 +122,7 @@ def test_dead_codes_come_back_on_valid_vectors() -> None:
     features[:, 4:] = 1e3
     mask = torch.arange(6).expand(2, 6) < 4
     quantizer(features, mask)
+    quantizer.update_codebook()
     valid = quantizer.project(features)[mask]
     distance = torch.cdist(quantizer.codebook[3:7], valid).amin(1)
     assert (distance < 1e-5).all()
@@ -107,11 +135,13 @@ def test_nothing_moves_without_valid_rows_or_without_training() -> None:
     quantizer.ema_sum[3] *= 0.1
     before, features = quantizer.codebook.clone(), torch.randn(1, 6, 24)
     quantizer(features, torch.zeros(1, 6, dtype=torch.bool))
+    quantizer.update_codebook()
     torch.testing.assert_close(quantizer.codebook, before)
     before = quantizer.codebook.clone()
     with torch.no_grad():
         quantizer(features)
     quantizer.eval()(features)
+    quantizer.update_codebook()
     assert torch.equal(quantizer.codebook, before)
 
 

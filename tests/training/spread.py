@@ -14,10 +14,11 @@ from tests.training.processes import print_nowhere
 
 BASE = ["steps=4", "save_every=4", "log_every=1", "cuda_graphs=false", "optim.warmup_steps=1"]
 SMALL = [*BASE, "gradient_accumulation=4"]
+PAIR = ["gradient_accumulation=2", "optim.optimizer=adamw"]
 
 
-def losses(run: Path, *overrides: str) -> list[dict[str, float]]:
-    """Trains text/nano at debug size and returns what was logged at each step that this process took."""
+def losses(run: Path, *overrides: str, recipe: str = "text/nano") -> list[dict[str, float]]:
+    """Trains a recipe at debug size and returns what was logged at each step that this process took."""
     seen: list[dict[str, float]] = []
     real = trainer.Trainer._report
 
@@ -27,10 +28,16 @@ def losses(run: Path, *overrides: str) -> list[dict[str, float]]:
 
     trainer.Trainer._report = report
     try:
-        train("text/nano", debug=True, output=run, overrides=[*SMALL, *overrides])
+        train(recipe, debug=True, output=run, overrides=[*SMALL, *overrides])
     finally:
         trainer.Trainer._report = real
     return seen
+
+
+def stage(recipe: str, begun: Path, fresh: Path, expert: int, *overrides: str) -> tuple[list, list]:
+    """Runs of one stage: what is left of the run `begun` under DDP, and the first three steps of another with FSDP2."""
+    rest = losses(begun, *PAIR, f"parallel={{data: ddp, expert: {expert}}}", *overrides, recipe=recipe)
+    return rest, losses(fresh, *PAIR, "parallel={data: fsdp}", "stop_after=3", *overrides, recipe=recipe)
 
 
 def full_disk(run: Path, victim: int) -> str:
@@ -61,10 +68,15 @@ def stuck(run: Path) -> None:
     losses(run, "save_every=1", "optim.optimizer=muonclip", "optim.qk_clip=0.02", "parallel={data: fsdp}")
 
 
-def refusal(run: Path, *overrides: str) -> str:
+def refusal(run: Path, *overrides: str, recipe: str = "text/nano") -> str:
     """Returns the sentence that a run ends with."""
     try:
-        losses(run, *overrides)
+        losses(run, *overrides, recipe=recipe)
     except ValueError as error:
         return str(error)
     return "it ran"
+
+
+def refusals(run: Path, asked: list[tuple[str, str]]) -> list[str]:
+    """Returns the sentences that runs of (recipe, override) end with."""
+    return [refusal(run / str(number), override, recipe=recipe) for number, (recipe, override) in enumerate(asked)]
