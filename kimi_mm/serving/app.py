@@ -5,13 +5,15 @@ connection ─► Timed ─► CORS (when asked for) ─► Guard ─► route �
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response, Security
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from kimi_mm import __version__
 from kimi_mm.serving import chat, page, problems, speech, transcriptions
+from kimi_mm.serving.described import REFUSALS, Health, LoadedModel, ModelList, answers, texts
 from kimi_mm.serving.guard import Guard
 from kimi_mm.serving.metrics import Timed
 from kimi_mm.serving.service import Service
@@ -33,11 +35,11 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         redoc_url=None,
     )
     problems.install(app)
-    _add_status(app, service)
-    app.include_router(chat.routes(service))
-    app.include_router(speech.routes(service))
-    app.include_router(transcriptions.routes(service))
-    app.include_router(page.routes(service))
+    app.include_router(_status(service))
+    # The guard asks for the key; this describes it.
+    needed = [] if api_key is None else [Security(HTTPBearer(auto_error=False, description="The server's API key."))]
+    for routes in (_facts, chat.routes, speech.routes, transcriptions.routes, page.routes):
+        app.include_router(routes(service), dependencies=needed)
     # The one added last stands outermost.
     app.add_middleware(Guard, config=service.config, api_key=api_key, open_paths=("/health", *page.assets()))
     if service.config.allow_origins:
@@ -48,25 +50,55 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     return app
 
 
-def _add_status(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["status"], summary="Whether the server takes requests")
+def _status(service: Service) -> APIRouter:
+    """Routes that need no key."""
+    router = APIRouter(tags=["status"])
+
+    @router.get(
+        "/health",
+        summary="Whether the server takes requests",
+        response_class=Response,
+        responses={
+            200: {"model": Health, "description": "It does."},
+            503: {"model": Health, "description": "It is shutting down."},
+            "4XX": REFUSALS["4XX"],
+        },
+    )
     async def health() -> Response:
         if service.gate.closed:
             return JSONResponse({"status": "shutting down"}, 503)
         return JSONResponse({"status": "ok", "model": service.model_id})
 
-    @app.get("/metrics", tags=["status"], summary="Counters in Prometheus' text form")
+    return router
+
+
+def _facts(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get(
+        "/metrics",
+        tags=["status"],
+        summary="Counters in Prometheus' text form",
+        response_class=Response,
+        responses=answers("The counters.", None, texts("text/plain")),
+    )
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", tags=["models"], summary="The loaded model")
+    @router.get(
+        "/v1/models", tags=["models"], summary="The loaded model", responses=answers("It, in a list.", ModelList)
+    )
     async def models() -> dict:
         return {"object": "list", "data": [_model(service)]}
 
-    @app.get("/v1/models/{name}", tags=["models"], summary="The loaded model, by name")
+    @router.get(
+        "/v1/models/{name}", tags=["models"], summary="The loaded model, by name", responses=answers("It.", LoadedModel)
+    )
     async def model(name: str) -> dict:
         service.check_model(name)
         return _model(service)
+
+    return router
 
 
 def _model(service: Service) -> dict:

@@ -23,6 +23,7 @@ from kimi_mm.generation import TextSampling
 from kimi_mm.serving.answers import Emit, sse
 from kimi_mm.serving.batch import Row
 from kimi_mm.serving.chat_request import ChatRequest, read_prompt
+from kimi_mm.serving.described import EVENTS, ChatCompletion, answers
 from kimi_mm.serving.service import Service
 from kimi_mm.text.tokenizer import TextPieces
 
@@ -31,7 +32,12 @@ def routes(service: Service) -> APIRouter:
     """Returns the route over a service."""
     router = APIRouter(tags=["chat"])
 
-    @router.post("/v1/chat/completions", summary="Answer a conversation")
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        response_class=Response,
+        responses=answers("The answer, whole or as it comes.", ChatCompletion, EVENTS),
+    )
     async def completions(request: Request, body: ChatRequest) -> Response:
         body.refuse_unknown(service)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.model_id}

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.cli.demo import CLIPS
 from kimi_mm.pipeline import SAMPLE_RATE
+from kimi_mm.serving.described import Codes, answers
 from kimi_mm.serving.service import Service
 
 STATIC = Path(__file__).parent / "static"
@@ -66,7 +67,13 @@ def routes(service: Service) -> APIRouter:
     for address, asset in assets().items():
         _serve(router, address, asset)
 
-    @router.post("/v1/audio/codes", tags=["audio"], summary="The audio codes that the model hears in a recording")
+    @router.post(
+        "/v1/audio/codes",
+        tags=["audio"],
+        summary="The audio codes that the model hears in a recording",
+        response_class=Response,
+        responses=answers("The codes of each piece.", Codes),
+    )
     async def codes(
         request: Request, file: Annotated[UploadFile, File(description="Any format that libsndfile reads.")]
     ) -> Response:

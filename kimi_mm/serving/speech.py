@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from kimi_mm.serving.answers import Emit
 from kimi_mm.serving.chat_request import Words
+from kimi_mm.serving.described import answers, sounds
 from kimi_mm.serving.problems import ApiError
 from kimi_mm.serving.service import Service
 from kimi_mm.types import WavePiece
@@ -49,7 +50,12 @@ def routes(service: Service) -> APIRouter:
     """Returns the route over a service."""
     router = APIRouter(tags=["audio"])
 
-    @router.post("/v1/audio/speech", summary="Speak a text", response_class=Response)
+    @router.post(
+        "/v1/audio/speech",
+        summary="Speak a text",
+        response_class=Response,
+        responses=answers("The speech, as it is made.", None, sounds("audio/wav", "audio/pcm", "audio/flac")),
+    )
     async def speech(body: SpeechRequest) -> Response:
         service.check_model(body.model)
         if body.speed not in (None, 1.0):

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from kimi_mm.cli.formats import to_srt, to_vtt
 from kimi_mm.serving.answers import Emit, sse
+from kimi_mm.serving.described import EVENTS, Transcription, VerboseTranscription, answers, texts
 from kimi_mm.serving.hearing import transcribe, transcribe_stream
 from kimi_mm.serving.problems import ApiError
 from kimi_mm.serving.service import Service
@@ -43,11 +44,20 @@ def routes(service: Service) -> APIRouter:
     """Returns the route over a service."""
     router = APIRouter(tags=["audio"])
 
-    @router.post("/v1/audio/transcriptions", summary="Write down what is said in a recording")
+    @router.post(
+        "/v1/audio/transcriptions",
+        summary="Write down what is said in a recording",
+        response_class=Response,
+        responses=answers(
+            "The words, in the form that was asked for.",
+            VerboseTranscription | Transcription,
+            texts("text/plain", "application/x-subrip", "text/vtt") | EVENTS,
+        ),
+    )
     async def transcriptions(
         request: Request,
         file: Annotated[UploadFile, File(description="Any format that libsndfile reads.")],
-        model: Annotated[str, Form()],
+        model: Annotated[str, Form(min_length=1)],
         response_format: Annotated[ResponseFormat, Form()] = ResponseFormat.json,
         stream: Annotated[bool, Form(description="Events transcript.text.delta and .done.")] = False,
         language: Annotated[str | None, Form()] = None,
