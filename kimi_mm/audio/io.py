@@ -18,7 +18,7 @@ from kimi_mm.errors import AudioError
 
 TARGET_RATE = 16_000
 MIN_RATE, MAX_RATE = 1000, 384_000
-_BLOCK = 1 << 20  # samples read at a time
+_BLOCK = 1 << 20  # samples read at a time, of all channels together
 
 
 def read_audio(
@@ -43,7 +43,7 @@ def read_audio(
             rate, count = check_rate(file.samplerate, name), 0
             resampler, pieces = Resampler(rate, target_rate), []
             # Mixed down and resampled piece by piece: hours of many channels must not exist whole.
-            for block in file.blocks(_BLOCK, dtype="float32", always_2d=True):
+            for block in file.blocks(max(1, _BLOCK // file.channels), dtype="float32", always_2d=True):
                 mono = block.mean(1)
                 check_samples(mono, name)
                 count += len(mono)

@@ -1,4 +1,4 @@
-"""What uvicorn does not do by itself: a time limit on request lines and headers, and an orderly stop."""
+"""What uvicorn does not do by itself: time limits on who asks slowly and who never reads, and an orderly stop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from kimi_mm.serving.gate import Gate
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 whose clients must say what they want in `header_seconds`, however slowly they drip it."""
+    """HTTP/1.1 whose clients must say what they want in `header_seconds`, however slowly they drip it.
+
+    A client that takes nothing of what waits for it for `read_seconds` is cut off.
+    """
 
     header_seconds = 10.0
+    read_seconds = 60.0
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -39,8 +44,17 @@ class Connection(H11Protocol):
         # Idle connections end by the keep-alive limit; a request that has begun must go on.
         self._expect_headers()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.read_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._has_read()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._has_read()
         super().connection_lost(exc)
 
     def _expect_headers(self) -> None:
@@ -51,6 +65,11 @@ class Connection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _has_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _too_slow(self) -> None:
         if not self.transport.is_closing():

@@ -32,7 +32,11 @@ def serve(config: ServeConfig, api_key: str | None = None) -> None:
     service = Service.of(kimi_mm.load(config.model, config.device), config)
     settings = uvicorn.Config(
         create_app(service, api_key),
-        http=type("BoundConnection", (Connection,), {"header_seconds": config.header_seconds}),
+        http=type(
+            "BoundConnection",
+            (Connection,),
+            {"header_seconds": config.header_seconds, "read_seconds": config.read_seconds},
+        ),
         ws="websockets-sansio",
         ws_max_size=2**20,
         ws_max_queue=16,

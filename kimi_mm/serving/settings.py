@@ -34,6 +34,7 @@ class ServeConfig(Config):
     header_seconds: float = 10.0  # for the request line and headers
     body_seconds: float = 20.0  # between two pieces of a body
     upload_seconds: float = 120.0  # for a whole body
+    read_seconds: float = 60.0  # for a client to take some of what is sent
     request_seconds: float = 300.0  # from the whole body to the end of the answer
     shutdown_seconds: int = 20
 

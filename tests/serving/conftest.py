@@ -136,7 +136,7 @@ def tiny(able, tmp_path_factory) -> Iterator[Server]:
     """Serves `able`, with a key and small limits."""
     folder = tmp_path_factory.mktemp("tiny")
     save_checkpoint(folder / "able", able.model, able.processor.tokenizer, weights="fp32")
-    settings = "{max_body_mib: 1, header_seconds: 1.5, body_seconds: 1.5, max_audio_seconds: 60}"
+    settings = "{max_body_mib: 1, header_seconds: 1.5, body_seconds: 1.5, read_seconds: 1.5, max_audio_seconds: 60}"
     server = start(folder, str(folder / "able"), KEY, settings)
     yield server
     stop(server)
