@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kimi_mm.config import VocabConfig
 from kimi_mm.errors import UserError
 from kimi_mm.generation import loop_period
 from kimi_mm.model import Model
@@ -92,19 +93,123 @@ class SpeechResult:
         return self.audio_stop == "eos" or (self.audio_stop is not None and self.text_stop is not None)
 
 
-@dataclass
-class _Row:
-    """A row on its way: where its result goes, what it was fed, and the text that it has to say."""
+class Reply:
+    """One reply on its way: its result, what it was fed so far, and what it may still choose.
 
-    number: int
-    result: SpeechResult
-    forced: list[int] | None
-    text_history: list[int] = field(default_factory=list)
-    audio_history: list[int] = field(default_factory=list)
+    Args:
+        vocab: ids of both streams.
+        delay: steps by which audio trails text.
+        sampling: of both streams, and their budgets.
+        forced: the text ids that it has to say; None where it chooses them.
+        generator: source of randomness; None starts one at seed 0.
+        row: its number, for `Step`.
+    """
+
+    def __init__(
+        self,
+        vocab: VocabConfig,
+        delay: int,
+        sampling: SpeechSampling | None = None,
+        forced: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        row: int = 0,
+    ) -> None:
+        self.vocab, self.delay, self.row = vocab, delay, row
+        self.sampling = sampling or SpeechSampling()
+        self.forced = None if forced is None else list(forced)
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.result = SpeechResult()
+        self.text_history: list[int] = []
+        self.audio_history: list[int] = []
+        self._eos, self._blank = vocab.special("text_eos"), vocab.special("text_blank")
+        self._ends = (vocab.special("msg_end"), vocab.special("media_end"))
+        if not self.sampling.max_audio_codes:
+            self.result.audio_stop = "budget"
+        if forced is None and not self.sampling.max_text_tokens:
+            self.result.text_stop = "budget"
 
     @property
-    def chooses(self) -> bool:
+    def longest(self) -> int:
+        """Most steps that it can take."""
+        said = self.sampling.max_text_tokens if self.forced is None else len(self.forced) + 1
+        return max(said, self.delay + self.sampling.max_audio_codes + 1)
+
+    @property
+    def chooses_text(self) -> bool:
         return self.forced is None and self.result.text_stop is None
+
+    @property
+    def chooses_audio(self) -> bool:
+        return len(self.audio_history) >= self.delay and self.result.audio_stop is None
+
+    def text(self, logits: torch.Tensor | None) -> int:
+        """Returns the next text id, chosen from logits [V] where it `chooses_text`."""
+        if self.result.text_stop is not None:
+            return self._blank
+        if self.forced is not None:
+            said = len(self.result.text_ids)
+            return self.forced[said] if said < len(self.forced) else self._eos
+        assert logits is not None
+        allowed = _only(logits[None].float(), range(self.vocab.num_text_tokens), (self._eos,))
+        return choose(allowed, self.sampling.text, [self.text_history], self.generator)[0]
+
+    def audio(self, logits: torch.Tensor | None) -> int:
+        """Returns the next audio id, chosen from logits [V] where it `chooses_audio`."""
+        if not self.chooses_audio:
+            return self._blank
+        assert logits is not None
+        first, offset = self.vocab.num_text_tokens, self.vocab.audio_offset
+        early = len(self.audio_history) - self.delay < self.sampling.min_audio_codes
+        ends = () if early else tuple(end - first for end in self._ends)
+        allowed = logits[None, first:].float()
+        allowed = _only(allowed, range(offset - first, allowed.shape[-1]), ends)
+        history = [id - first for id in self.audio_history]
+        return first + choose(allowed, self.sampling.audio, [history], self.generator)[0]
+
+    def take(self, text: int, audio: int) -> Step:
+        """Books what was chosen, decides what stops, and returns the text id and the code that it gave."""
+        result, given, code = self.result, None, None
+        self.text_history.append(text)
+        self.audio_history.append(audio)
+        if result.text_stop is None and text == self._eos:
+            result.text_stop = "eos"
+        elif result.text_stop is None:
+            given = text
+            result.text_ids.append(text)
+            if self.forced is None and (period := loop_period(result.text_ids)):
+                result.text_ids = result.text_ids[: len(result.text_ids) - 2 * period]
+                result.text_stop, given = "loop", None
+            elif self.forced is None and len(result.text_ids) >= self.sampling.max_text_tokens:
+                result.text_stop = "budget"
+        if audio >= self.vocab.audio_offset:
+            code = audio - self.vocab.audio_offset
+            result.codes.append(code)
+            if len(result.codes) >= self.sampling.max_audio_codes:
+                result.audio_stop = "budget"
+        elif audio in self._ends:
+            result.audio_stop = "eos"
+            result.text_stop = result.text_stop or "audio"
+        return Step(self.row, given, code)
+
+
+def next_ids(
+    model: Model, replies: Sequence[Reply], text_hidden: torch.Tensor, audio_hidden: torch.Tensor
+) -> tuple[list[int], list[int]]:
+    """Chooses the next ids of both streams; a head runs only for the replies that choose by it.
+
+    Args:
+        model: with an audio branch.
+        replies: B of them, not done.
+        text_hidden, audio_hidden: [B, D], of each one's last position.
+    """
+    backbone, bound = model.backbone, model.config.vocab.audio_offset
+    texts = [row for row, reply in enumerate(replies) if reply.chooses_text]
+    codes = [row for row, reply in enumerate(replies) if reply.chooses_audio]
+    text_logits = dict(zip(texts, backbone.text_logits(text_hidden[texts], bound) if texts else (), strict=True))
+    audio_logits = dict(zip(codes, backbone.audio_logits(audio_hidden[codes]) if codes else (), strict=True))
+    # Text is drawn before audio.
+    chosen = [reply.text(text_logits.get(row)) for row, reply in enumerate(replies)]
+    return chosen, [reply.audio(audio_logits.get(row)) for row, reply in enumerate(replies)]
 
 
 class TwoStreams:
@@ -134,48 +239,32 @@ class TwoStreams:
     ) -> None:
         if model.backbone.audio is None:
             raise UserError(f"model '{model.config.name}' has no voice; its config has no 'backbone.audio_head'.")
-        self.model, self.inputs, self.sampling = model, inputs, sampling or SpeechSampling()
-        self.delay = model.config.audio_delay if delay is None else delay
-        self.generator = generator or torch.Generator().manual_seed(0)
-        batch = len(inputs.lengths)
-        self.results = [SpeechResult() for _ in range(batch)]
-        texts = forced or [None] * batch
+        self.model, self.inputs = model, inputs
+        delay = model.config.audio_delay if delay is None else delay
+        generator = generator or torch.Generator().manual_seed(0)
+        texts = forced or [None] * len(inputs.lengths)
         self._rows = [
-            _Row(number, result, None if text is None else list(text))
-            for number, (result, text) in enumerate(zip(self.results, texts, strict=True))
+            Reply(model.config.vocab, delay, sampling, text, generator, row) for row, text in enumerate(texts)
         ]
-        vocab = model.config.vocab
-        self._eos, self._blank = vocab.special("text_eos"), vocab.special("text_blank")
-        self._ends = (vocab.special("msg_end"), vocab.special("media_end"))
-        self._vocab = vocab
+        assert len(self._rows) == len(inputs.lengths)
+        self.results = [row.result for row in self._rows]
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[Step]]:
         """Yields what each step gave to the rows that are not done."""
         model, inputs, device = self.model, self.inputs, self.inputs.text_ids.device
         batch = len(inputs.lengths)
-        for row in self._rows:
-            if not self.sampling.max_audio_codes:
-                row.result.audio_stop = "budget"
-            if row.forced is None and not self.sampling.max_text_tokens:
-                row.result.text_stop = "budget"
         alive = [row for row in self._rows if not row.result.done]
         cache = model.backbone.new_cache(batch, device=device, dtype=model.backbone.embed_tokens.weight.dtype)
         output = model(inputs, cache)
         last = torch.arange(batch, device=device), inputs.lengths.to(device) - 1
         text_hidden, audio_hidden = output.text_hidden[last], _there(output.audio_hidden)[last]
         if len(alive) < batch:
-            keep = [row.number for row in alive]
+            keep = [row.row for row in alive]
             cache, text_hidden, audio_hidden = cache.select(keep), text_hidden[keep], audio_hidden[keep]
-        number = 0
         while alive:
-            texts = self._text_step(alive, text_hidden)
-            codes = self._audio_step(alive, audio_hidden, number)
-            steps = [
-                Step(row.number, *self._take(row, text, code))
-                for row, text, code in zip(alive, texts, codes, strict=True)
-            ]
-            yield steps
+            texts, codes = next_ids(model, alive, text_hidden, audio_hidden)
+            yield [row.take(text, code) for row, text, code in zip(alive, texts, codes, strict=True)]
             keep = [slot for slot, row in enumerate(alive) if not row.result.done]
             if len(keep) < len(alive):
                 alive = [alive[slot] for slot in keep]
@@ -186,73 +275,12 @@ class TwoStreams:
                 ids = (torch.tensor(part, device=device) for part in (texts, codes))
                 output = model.step(*ids, cache)
                 text_hidden, audio_hidden = output.text_hidden[:, -1], _there(output.audio_hidden)[:, -1]
-            number += 1
 
     def run(self) -> list[SpeechResult]:
         """Runs to the end and returns the results, one for each row."""
         for _ in self:
             pass
         return self.results
-
-    def _text_step(self, rows: list[_Row], hidden: torch.Tensor) -> list[int]:
-        """Returns the next text id of each row."""
-        free = [slot for slot, row in enumerate(rows) if row.chooses]
-        chosen: dict[int, int] = {}
-        if free:
-            logits = self.model.backbone.text_logits(hidden[free], self._vocab.audio_offset).float()
-            logits = _only(logits, range(self._vocab.num_text_tokens), (self._eos,))
-            histories = [rows[slot].text_history for slot in free]
-            chosen = dict(zip(free, choose(logits, self.sampling.text, histories, self.generator), strict=True))
-        ids = []
-        for slot, row in enumerate(rows):
-            if row.result.text_stop is not None:
-                ids.append(self._blank)
-            elif row.forced is not None:
-                said = len(row.result.text_ids)
-                ids.append(row.forced[said] if said < len(row.forced) else self._eos)
-            else:
-                ids.append(chosen[slot])
-        return ids
-
-    def _audio_step(self, rows: list[_Row], hidden: torch.Tensor, number: int) -> list[int]:
-        """Returns the next audio id of each row."""
-        speaking = [slot for slot, row in enumerate(rows) if number >= self.delay and row.result.audio_stop is None]
-        ids = [self._blank] * len(rows)
-        if speaking:
-            first, offset = self._vocab.num_text_tokens, self._vocab.audio_offset
-            logits = self.model.backbone.audio_logits(hidden[speaking])[:, first:].float()
-            early = number - self.delay < self.sampling.min_audio_codes
-            ends = () if early else tuple(end - first for end in self._ends)
-            logits = _only(logits, range(offset - first, logits.shape[-1]), ends)
-            histories = [[id - first for id in rows[slot].audio_history] for slot in speaking]
-            for slot, id in zip(speaking, choose(logits, self.sampling.audio, histories, self.generator), strict=True):
-                ids[slot] = id + first
-        return ids
-
-    def _take(self, row: _Row, text: int, audio: int) -> tuple[int | None, int | None]:
-        """Books what a row chose, decides what stops, and returns the text id and the code that it gave."""
-        result, given, code = row.result, None, None
-        row.text_history.append(text)
-        row.audio_history.append(audio)
-        if result.text_stop is None and text == self._eos:
-            result.text_stop = "eos"
-        elif result.text_stop is None:
-            given = text
-            result.text_ids.append(text)
-            if row.forced is None and (period := loop_period(result.text_ids)):
-                result.text_ids = result.text_ids[: len(result.text_ids) - 2 * period]
-                result.text_stop, given = "loop", None
-            elif row.forced is None and len(result.text_ids) >= self.sampling.max_text_tokens:
-                result.text_stop = "budget"
-        if audio >= self._vocab.audio_offset:
-            code = audio - self._vocab.audio_offset
-            result.codes.append(code)
-            if len(result.codes) >= self.sampling.max_audio_codes:
-                result.audio_stop = "budget"
-        elif audio in self._ends:
-            result.audio_stop = "eos"
-            result.text_stop = result.text_stop or "audio"
-        return given, code
 
 
 def choose(

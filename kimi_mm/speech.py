@@ -59,9 +59,7 @@ class Speaker:
         self.sampling = sampling or SpeechSampling()
         self.generator = generator or torch.Generator().manual_seed(0)
         self.rate = engine.detokenizer.sample_rate
-        seed = torch.randint(2**31, (1,), generator=self.generator, device=self.generator.device)
-        noise = torch.Generator().manual_seed(int(seed))
-        self._out: DetokenizerStream = engine.detokenizer.stream(prompt=voice, generator=noise, streaming=streaming)
+        self._out = open_voice(engine, self.generator, voice, streaming)
         self._spoken = False
 
     def reply(self, inputs: ModelInputs) -> Iterator[Event]:
@@ -77,7 +75,7 @@ class Speaker:
             TwoStreams(
                 self.engine.model,
                 prompt,
-                sampling=self._limits(sentence),
+                sampling=within(self.sampling, sentence),
                 forced=[processor.tokenizer.encode(sentence)],
                 generator=self.generator,
             )
@@ -103,17 +101,6 @@ class Speaker:
         ends = {streams.results[0].audio_stop for streams in plans}
         yield Stopped("eos", "budget" if "budget" in ends else "eos")
 
-    def _limits(self, sentence: str) -> SpeechSampling:
-        """Keeps the speech of a sentence within what its length can mean."""
-        most = SPARE_CODES + SLOWEST_CODES_PER_CHARACTER * len(sentence)
-        least = 1 + len(sentence) // (4 * FASTEST_CHARACTERS_PER_CODE)
-        given = self.sampling
-        return dataclasses.replace(
-            given,
-            max_audio_codes=min(most, given.max_audio_codes),
-            min_audio_codes=max(least, given.min_audio_codes),
-        )
-
     def _say(self, code: int | None) -> Iterator[Event]:
         if code is None:
             return
@@ -126,12 +113,47 @@ class Speaker:
             yield from self._wave(self._out.flush())
 
     def _wave(self, wave: torch.Tensor) -> Iterator[Event]:
-        if not len(wave):
-            return
-        samples = wave.cpu().numpy().astype(np.float32)
-        if not np.isfinite(samples).all():
-            raise AudioError("the model made samples that are not numbers; its weights are damaged.")
-        yield WavePiece(samples.clip(-1.0, 1.0), self.rate)
+        if len(wave):
+            yield WavePiece(samples_of(wave), self.rate)
+
+
+def open_voice(
+    engine: KimiMM,
+    generator: torch.Generator,
+    voice: SpeakerPrompt | None = None,
+    streaming: StreamingConfig | None = None,
+) -> DetokenizerStream:
+    """Opens the way from codes to sound; the seed of its noise is drawn from `generator`.
+
+    Raises:
+        UserError: the model has no voice.
+    """
+    seed = torch.randint(2**31, (1,), generator=generator, device=generator.device)
+    noise = torch.Generator().manual_seed(int(seed))
+    return engine.detokenizer.stream(prompt=voice, generator=noise, streaming=streaming)
+
+
+def samples_of(wave: torch.Tensor) -> np.ndarray:
+    """Returns a wave [S] of the detokenizer as samples in [-1, 1].
+
+    Raises:
+        AudioError: some are not numbers.
+    """
+    samples = wave.cpu().numpy().astype(np.float32)
+    if not np.isfinite(samples).all():
+        raise AudioError("the model made samples that are not numbers; its weights are damaged.")
+    return samples.clip(-1.0, 1.0)
+
+
+def within(sampling: SpeechSampling, sentence: str) -> SpeechSampling:
+    """Keeps the speech of a sentence within what its length can mean."""
+    most = SPARE_CODES + SLOWEST_CODES_PER_CHARACTER * len(sentence)
+    least = 1 + len(sentence) // (4 * FASTEST_CHARACTERS_PER_CODE)
+    return dataclasses.replace(
+        sampling,
+        max_audio_codes=min(most, sampling.max_audio_codes),
+        min_audio_codes=max(least, sampling.min_audio_codes),
+    )
 
 
 def _stopped(streams: TwoStreams) -> Stopped:

@@ -89,6 +89,12 @@ class DetokenizerStream:
         twin.state = self.state.clone()
         return twin
 
+    def accept(self, codes: Codes) -> None:
+        """Takes codes without making sound of them yet; `push` and `advance` do. Errors as of `push`."""
+        if self.closed:
+            raise AudioError("this stream was flushed already; open another one.")
+        self._accept(check_codes(codes, self.detokenizer.config.dit.codebook_size))
+
     def _accept(self, codes: list[int]) -> None:
         """Adds codes and draws their noise: one draw a code, so that the numbers do not depend on the pieces."""
         if not codes:

@@ -5,7 +5,8 @@
                                                               ▲                    │
                                                               └────────────────────┘
 
-A row gets the ids that it would get alone. Everything here runs on one thread; `kimi_mm.serving.engine` owns it.
+A row gets the ids that it would get alone, whether it is answered in text or in text and speech. Everything here runs
+on one thread; `kimi_mm.serving.engine` owns it.
 Shapes: B rows, T prompt positions, D hidden size, V text vocabulary.
 """
 
@@ -17,8 +18,11 @@ from dataclasses import dataclass, field
 import torch
 
 from kimi_mm.generation import TextSampling, choose_text, loop_period, text_logits
+from kimi_mm.generation_speech import Reply, next_ids
+from kimi_mm.model import ModelOutput
 from kimi_mm.pipeline import KimiMM
 from kimi_mm.processing import AudioClip, Streams
+from kimi_mm.serving.voices import Voice
 from kimi_mm.text.cache import BackboneCache, KDAState
 from kimi_mm.vision.processing import VisionItem
 
@@ -50,12 +54,46 @@ class Row:
         """Most positions that the row can come to hold."""
         return len(self.prompt) + self.sampling.max_tokens
 
+    @property
+    def held(self) -> int:
+        """Positions that it holds, or one more."""
+        return len(self.prompt) + len(self.ids)
+
+
+@dataclass(eq=False)
+class SpokenRow(Row):
+    """A prompt that is answered in text and speech; `ids` are those of the text.
+
+    `voice` makes the codes heard, and is closed behind this row when it is the `last` of what it says.
+    """
+
+    reply: Reply = field(kw_only=True)
+    voice: Voice = field(kw_only=True)
+    last: bool = True
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + self.reply.longest
+
+    @property
+    def held(self) -> int:
+        return len(self.prompt) + len(self.reply.text_history)
+
+
+@dataclass(frozen=True)
+class News:
+    """What a step gave to a row: a text id and a code, None where none."""
+
+    row: Row
+    text: int | None
+    code: int | None = None
+
 
 class RunningBatch:
     """Rows that decode together.
 
     Args:
-        model: whose text stream is decoded.
+        model: whose streams are decoded.
         cache_bytes: most memory for their caches; see `fits`.
         max_rows: most rows at a time.
     """
@@ -64,7 +102,7 @@ class RunningBatch:
         self.kimi, self.cache_bytes, self.max_rows = model, cache_bytes, max_rows
         self.rows: list[Row] = []
         self._cache: BackboneCache | None = None
-        self._hidden = torch.empty(0)  # [B, 1, D], at the position that chooses each row's next id
+        self._hidden: list[torch.Tensor] = []  # [B, 1, D] of each branch, where each row's next ids are chosen
         vocab = model.config.vocab
         self._eos, self._blank = vocab.special("text_eos"), vocab.special("text_blank")
         self._fixed, self._per_token = _row_bytes(model)
@@ -93,53 +131,80 @@ class RunningBatch:
             [row.prompt.items for row in rows],
         ).to(self.kimi.device)
         cache = model.backbone.new_cache(len(rows))
-        hidden = model(inputs, cache).text_hidden
-        last = torch.arange(len(rows), device=hidden.device), inputs.lengths.to(hidden.device) - 1
-        hidden = hidden[last][:, None]
+        last = torch.arange(len(rows), device=inputs.lengths.device), inputs.lengths - 1
+        hidden = [branch[last][:, None] for branch in _branches(model(inputs, cache))]
         if self._cache is None:
             self._cache, self._hidden = cache, hidden
         else:
             self._cache = BackboneCache.join([self._cache, cache])
-            self._hidden = torch.cat([self._hidden, hidden])
+            self._hidden = [torch.cat(pair) for pair in zip(self._hidden, hidden, strict=True)]
         self.rows.extend(rows)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Row, int | None]]:
-        """Chooses the next id of every row and runs one step.
-
-        Returns:
-            Each row with its new id, or None for a row that ended without one. Rows that ended have left.
-        """
+    def step(self) -> list[News]:
+        """Chooses the next ids of every row and runs one step. Rows that ended have left."""
         if self._cache is None:
             return []
-        model = self.kimi.model
-        logits = text_logits(model, self._hidden)
-        chosen = logits.argmax(-1)
-        for slot, row in enumerate(self.rows):
-            if row.sampling.temperature > 0:
-                chosen[slot] = choose_text(logits[slot, None], row.sampling, row.generator)[0]
-        news: list[tuple[Row, int | None]] = []
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
-            if token == self._eos or not row.sampling.max_tokens:
-                row.stop_reason = "eos" if token == self._eos else "budget"
-                news.append((row, None))
-                continue
-            row.ids.append(token)
-            if period := loop_period(row.ids):
-                del row.ids[len(row.ids) - 2 * period :]
-                row.stop_reason = "loop"
-                news.append((row, None))
-            else:
-                if len(row.ids) >= row.sampling.max_tokens:
-                    row.stop_reason = "budget"
-                news.append((row, token))
+        written = [slot for slot, row in enumerate(self.rows) if not isinstance(row, SpokenRow)]
+        spoken = [slot for slot, row in enumerate(self.rows) if isinstance(row, SpokenRow)]
+        chosen: dict[int, tuple[int, int]] = {}  # text and audio id of each slot
+        news: dict[int, News] = {}
+        if written:
+            for slot, token in zip(written, self._texts(written), strict=True):
+                chosen[slot] = token, self._blank
+                news[slot] = News(self.rows[slot], self._take(self.rows[slot], token))
+        if spoken:
+            for slot, ids in zip(spoken, self._speech(spoken), strict=True):
+                chosen[slot] = ids
+                news[slot] = self._take_spoken(self.rows[slot], *ids)
         keep = [slot for slot, row in enumerate(self.rows) if row.stop_reason is None]
+        told = [news[slot] for slot in range(len(self.rows))]
         if len(keep) < len(self.rows):
-            chosen = chosen[keep]
             self._keep(keep)
         if self._cache is not None:
-            self._hidden = model.step(chosen, torch.full_like(chosen, self._blank), self._cache).text_hidden
-        return news
+            ids = torch.tensor([chosen[slot] for slot in keep], device=self.kimi.device)
+            self._hidden = _branches(self.kimi.model.step(ids[:, 0], ids[:, 1], self._cache))
+        return told
+
+    def _texts(self, slots: list[int]) -> list[int]:
+        """Chooses the next id of rows of text."""
+        logits = text_logits(self.kimi.model, self._hidden[0][slots])
+        ids = logits.argmax(-1).tolist()
+        for place, slot in enumerate(slots):
+            row = self.rows[slot]
+            if row.sampling.temperature > 0:
+                ids[place] = int(choose_text(logits[place, None], row.sampling, row.generator))
+        return ids
+
+    def _take(self, row: Row, token: int) -> int | None:
+        """Books the next id of a row of text and returns it, or None where the row ends without one."""
+        if token == self._eos or not row.sampling.max_tokens:
+            row.stop_reason = "eos" if token == self._eos else "budget"
+            return None
+        row.ids.append(token)
+        if period := loop_period(row.ids):
+            del row.ids[len(row.ids) - 2 * period :]
+            row.stop_reason = "loop"
+            return None
+        if len(row.ids) >= row.sampling.max_tokens:
+            row.stop_reason = "budget"
+        return token
+
+    def _speech(self, slots: list[int]) -> list[tuple[int, int]]:
+        """Chooses the next ids of both streams of rows that speak."""
+        replies = [row.reply for slot in slots if isinstance(row := self.rows[slot], SpokenRow)]
+        text, audio = (branch[slots, -1] for branch in self._hidden)
+        return list(zip(*next_ids(self.kimi.model, replies, text, audio), strict=True))
+
+    def _take_spoken(self, row: Row, text: int, audio: int) -> News:
+        """Books the next ids of a row that speaks."""
+        assert isinstance(row, SpokenRow)
+        step, result = row.reply.take(text, audio), row.reply.result
+        row.ids = result.text_ids
+        if result.done:
+            stops = {result.text_stop, result.audio_stop} - {"eos", "audio"}
+            row.stop_reason = next(iter(sorted(filter(None, stops))), "eos")
+        return News(row, step.text, step.code)
 
     def drop(self, rows: Sequence[Row]) -> None:
         """Takes rows out at once, wherever they stand; what they held is free."""
@@ -159,10 +224,16 @@ class RunningBatch:
     def _keep(self, slots: list[int]) -> None:
         self.rows = [self.rows[slot] for slot in slots]
         if not slots or self._cache is None:
-            self._cache, self._hidden = None, torch.empty(0)
+            self._cache, self._hidden = None, []
             return
-        longest = max(len(row.prompt) + len(row.ids) for row in self.rows)
-        self._cache, self._hidden = self._cache.select(slots).trim(longest), self._hidden[slots]
+        longest = max(row.held for row in self.rows)
+        self._cache = self._cache.select(slots).trim(longest)
+        self._hidden = [branch[slots] for branch in self._hidden]
+
+
+def _branches(output: ModelOutput) -> list[torch.Tensor]:
+    """The hidden states [B, T, D] of the branches that there are: text, audio."""
+    return [output.text_hidden] if output.audio_hidden is None else [output.text_hidden, output.audio_hidden]
 
 
 def _row_bytes(model: KimiMM) -> tuple[int, int]:

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 import torch
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
 
 from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.pipeline import SAMPLE_RATE
 from kimi_mm.serving.batch import Prompt
 from kimi_mm.serving.problems import ApiError
 from kimi_mm.serving.service import Service
+from kimi_mm.serving.speaking import check_voice
 
 MAX_PARTS = 4096  # of all messages
 MAX_MEDIA = 64
@@ -72,14 +73,39 @@ class PicturePart(BaseModel):
 Part = Annotated[TextPart | SoundPart | PicturePart, Field(discriminator="type")]
 
 
+class SpokenBefore(BaseModel):
+    """An earlier spoken answer."""
+
+    id: Words
+
+
 class Message(BaseModel):
-    """One turn."""
+    """One turn; only the assistant's may name a spoken answer in place of its content."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[Words, Tag("text")] | Annotated[list[Part], Tag("parts")],
-        Discriminator(lambda value: "text" if isinstance(value, str) else "parts"),
-    ]
+    content: (
+        Annotated[
+            Annotated[Words, Tag("text")] | Annotated[list[Part], Tag("parts")],
+            Discriminator(lambda value: "text" if isinstance(value, str) else "parts"),
+        ]
+        | None
+    ) = None
+    audio: SpokenBefore | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.audio is not None and self.role != "assistant":
+            raise ValueError("'audio' belongs into a message of the assistant")
+        if self.audio is None and self.content is None:
+            raise ValueError("a message needs 'content'")
+        return self
+
+
+class AudioOutput(BaseModel):
+    """How an answer is spoken; the model has one voice, so any name of one is taken."""
+
+    format: Literal["wav", "flac", "mp3", "opus", "pcm16"]
+    voice: Any = None
 
 
 class StreamOptions(BaseModel):
@@ -101,6 +127,7 @@ class ChatRequest(BaseModel):
     stop: Words | list[Words] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     modalities: list[Literal["text", "audio"]] | None = None
+    audio: AudioOutput | None = None
     n: int | None = None
     top_p: float | None = None
     frequency_penalty: float | None = None
@@ -111,14 +138,28 @@ class ChatRequest(BaseModel):
     response_format: dict[str, Any] | None = None
 
     @property
-    def budget(self) -> int:
-        """Most text ids of the answer."""
-        return self.max_completion_tokens or self.max_tokens or 256
+    def budget(self) -> int | None:
+        """Most ids of each stream of the answer, where the request says."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def spoken(self) -> bool:
+        """Whether the answer is wanted in text and speech."""
+        return bool(self.modalities and "audio" in self.modalities)
 
     @property
     def stops(self) -> list[str]:
         """Texts before which the answer ends."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def new_generator(self, service: Service) -> torch.Generator:
+        """Returns the source of this answer's randomness: as `seed` says, or new where there is `temperature`."""
+        generator = torch.Generator(service.model.device)
+        if self.temperature and self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed or 0)
+        return generator
 
     def refuse_unknown(self, service: Service) -> None:
         """Raises ApiError 400 where the answer would not be what was asked for, 404 for another model."""
@@ -138,16 +179,23 @@ class ChatRequest(BaseModel):
                 raise ApiError(400, f"{name}: this server takes only the default; leave it out.", param=name)
         if len(self.stops) > 4 or "" in self.stops:
             raise ApiError(400, "stop: at most four texts, none of them empty.", param="stop")
-        if self.modalities and "audio" in self.modalities:
-            # The property raises the sentence of a model without a voice.
-            _ = service.model.detokenizer
-            raise ApiError(400, "chats are answered with text here; /v1/audio/speech speaks it.", param="modalities")
+        if self.spoken:
+            check_voice(service.model)
+            self._check_spoken()
         if self.messages[-1].role == "assistant":
             raise ApiError(400, "messages: the last one must not be the assistant's.", param="messages")
 
+    def _check_spoken(self) -> None:
+        if self.audio is None:
+            raise ApiError(400, "audio: say which format the answer shall have.", param="audio")
+        if self.stream and self.audio.format != "pcm16":
+            raise ApiError(400, "audio.format: a stream has 'pcm16'.", param="audio.format")
+        if self.stops:
+            raise ApiError(400, "stop: a spoken answer ends by itself; leave it out.", param="stop")
 
-async def read_prompt(service: Service, messages: list[Message]) -> Prompt:
-    """Reads a conversation.
+
+async def read_prompt(service: Service, messages: list[Message], output: str = "text") -> Prompt:
+    """Reads a conversation, to be answered in text or, with output "speech", in text and speech.
 
     Raises:
         ApiError: 400, it is too long, or holds a picture that is not a data URL.
@@ -166,17 +214,24 @@ async def read_prompt(service: Service, messages: list[Message]) -> Prompt:
     turns = [
         {
             "role": "system" if message.role == "developer" else message.role,
-            "content": message.content
-            if isinstance(message.content, str)
-            else [await _read_part(service, part, message.role) for part in message.content],
+            "content": await _read_content(service, message),
         }
         for message in messages
     ]
     # Nothing is left that needs the model itself, so this runs beside it; pictures are decoded here.
-    prompt = Prompt(*await anyio.to_thread.run_sync(service.model.read, turns))
+    prompt = Prompt(*await anyio.to_thread.run_sync(service.model.read, turns, output))
     if len(prompt) > limit:
         raise _too_long(limit)
     return prompt
+
+
+async def _read_content(service: Service, message: Message) -> str | list[dict[str, Any]]:
+    if message.audio is not None:
+        return service.spoken.get(message.audio.id).parts
+    assert message.content is not None
+    if isinstance(message.content, str):
+        return message.content
+    return [await _read_part(service, part, message.role) for part in message.content]
 
 
 async def _read_part(service: Service, part: TextPart | SoundPart | PicturePart, role: str) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
     handlers (event loop) ──► call(f)          one computation: tokenizing a recording, reading a picture
                           ──► text(row)        a row of the running batch: ids as they are chosen
-                          ──► iterate(make)    an iterator of the model's own, advanced in turn: speech
+                          ──► speech(row)      a row that speaks: ids, codes and waves
                                   │
-    engine thread:  calls ─► drop what was cancelled ─► admit what fits ─► one step of the batch ─► iterators ─┐
-                      ▲                                                                                        │
-                      └────────────────────────────────────────────────────────────────────────────────────────┘
+    engine thread:  calls ─► drop what was cancelled ─► admit what fits ─► one step of the batch ─► voices ─┐
+                      ▲                                                                                     │
+                      └─────────────────────────────────────────────────────────────────────────────────────┘
 
 A `Ticket` is one piece of work as its asker sees it: an async iterator of events. Leaving it cancels the work, and the
 row's memory is free before the next step.
@@ -19,18 +19,21 @@ import collections
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 
-from kimi_mm.errors import UserError
+from kimi_mm.errors import AudioError, UserError
 from kimi_mm.pipeline import KimiMM
-from kimi_mm.serving.batch import Row, RunningBatch
+from kimi_mm.serving.batch import News, Row, RunningBatch, SpokenRow
+from kimi_mm.serving.voices import Voice, speak
+from kimi_mm.types import CodePiece, WavePiece
 
 T = TypeVar("T")
+Given = int | CodePiece | WavePiece  # what a row that speaks gives: text ids, codes, waves
 PREFILL_ROWS = 4  # prompts read together; those already decoding wait meanwhile
-AHEAD = 64  # events of an iterator that may wait for a slow reader
 
 _END = object()
 
@@ -42,26 +45,16 @@ class EngineClosed(Exception):
 class Ticket(Generic[T]):
     """Events of one piece of work, in order, up to its end."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.cancelled = False
-        self._wake = wake
-        self._put = self._read = 0  # each is counted by one thread alone
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
-
-    @property
-    def unread(self) -> int:
-        """Events that wait for the reader."""
-        return self._put - self._read
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
 
     async def __anext__(self) -> T:
         event = await self._events.get()
-        self._read += 1
-        if self.unread == AHEAD - 1:
-            self._wake()
         if event is _END:
             raise StopAsyncIteration
         if isinstance(event, BaseException):
@@ -72,7 +65,6 @@ class Ticket(Generic[T]):
         """Called by the engine's thread."""
         if self.cancelled:
             return
-        self._put += 1
         with contextlib.suppress(RuntimeError):  # the loop has gone, and with it the asker
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -101,7 +93,6 @@ class Engine:
         self._calls: collections.deque[tuple[Callable[[], Any], Ticket[Any]]] = collections.deque()
         self._waiting: collections.deque[tuple[Row, Ticket[Any]]] = collections.deque()
         self._tickets: dict[int, Ticket[Any]] = {}  # of running rows, by id(row)
-        self._iterators: list[tuple[Iterator[Any], Ticket[Any]]] = []
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kimi-mm-engine", daemon=True)
         self._thread.start()
@@ -119,6 +110,13 @@ class Engine:
         Raises:
             UserError: the row is larger than all the memory there is for rows.
         """
+        return self._open(row)
+
+    def speech(self, row: SpokenRow) -> contextlib.AbstractAsyncContextManager[Ticket[Given]]:
+        """Opens a row that speaks: a ticket of text ids, codes and waves; else as `text`."""
+        return self._open(row)
+
+    def _open(self, row: Row) -> contextlib.AbstractAsyncContextManager[Ticket[Any]]:
         if not self.batch.fits(row, []):
             raise UserError(
                 f"the conversation of {len(row.prompt)} positions and its answer need more memory than the server "
@@ -126,13 +124,9 @@ class Engine:
             )
         return self._hand_in(lambda ticket: self._waiting.append((row, ticket)))
 
-    def iterate(self, make: Callable[[], Iterator[T]]) -> contextlib.AbstractAsyncContextManager[Ticket[T]]:
-        """Opens an iterator of the model's: it is made and advanced on the engine's thread, between steps."""
-        return self._hand_in(lambda ticket: self._iterators.append((_made(make), ticket)))
-
     @contextlib.asynccontextmanager
     async def _hand_in(self, put: Callable[[Ticket[T]], None]) -> AsyncIterator[Ticket[T]]:
-        ticket: Ticket[T] = Ticket(self._notify)
+        ticket: Ticket[T] = Ticket()
         with self._wake:
             if self._closed:
                 raise EngineClosed("the server is shutting down.")
@@ -157,8 +151,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Rows and iterators at work."""
-        return len(self.batch.rows) + len(self._iterators)
+        """Rows at work."""
+        return len(self.batch.rows)
 
     @property
     def waiting(self) -> int:
@@ -184,14 +178,10 @@ class Engine:
                 self._admit(admitted)
             if self.batch.rows:
                 self._step()
-            for pair in list(self._iterators):
-                self._advance(*pair)
         self._refuse_all()
 
     def _has_work(self) -> bool:
-        if self._closed or self._calls or self._waiting or self.batch.rows:
-            return True
-        return any(ticket.cancelled or ticket.unread < AHEAD for _, ticket in self._iterators)
+        return bool(self._closed or self._calls or self._waiting or self.batch.rows)
 
     def _leave(self) -> None:
         """Frees everything whose asker has gone."""
@@ -200,9 +190,6 @@ class Engine:
         for row in gone:
             del self._tickets[id(row)]
         self._waiting = collections.deque(pair for pair in self._waiting if not pair[1].cancelled)
-        for iterator, ticket in [pair for pair in self._iterators if pair[1].cancelled]:
-            self._iterators.remove((iterator, ticket))
-            iterator.close()  # type: ignore[attr-defined]
 
     def _next_rows(self) -> list[tuple[Row, Ticket[Any]]]:
         """Takes the first waiting rows for which there is room; none overtakes another."""
@@ -228,32 +215,49 @@ class Engine:
     def _step(self) -> None:
         try:
             news = self.batch.step()
+            waves = self._speak(news)
         except Exception as error:
-            for row in list(self.batch.rows):
-                self._tickets.pop(id(row)).put(error)
-            self.batch.drop(list(self.batch.rows))
+            self._fail(list(self._tickets), error)
             return
         self.steps += 1
-        for row, token in news:
-            ticket = self._tickets[id(row)]
-            if token is not None:
+        for told in news:
+            row, ticket = told.row, self._tickets[id(told.row)]
+            if told.text is not None:
                 self.tokens += 1
-                ticket.put(token)
+                ticket.put(told.text)
+            if isinstance(row, SpokenRow):
+                if told.code is not None:
+                    ticket.put(CodePiece((told.code,)))
+                wave = waves.get(id(row.voice))
+                if isinstance(wave, Exception):
+                    self._fail([id(row)], wave)
+                    continue
+                if wave is not None:
+                    ticket.put(WavePiece(wave, row.voice.rate))
             if row.stop_reason is not None:
                 ticket.end()
                 del self._tickets[id(row)]
 
-    def _advance(self, iterator: Iterator[Any], ticket: Ticket[Any]) -> None:
-        if ticket.unread >= AHEAD:
-            return
-        try:
-            ticket.put(next(iterator))
-        except StopIteration:
-            ticket.end()
-            self._iterators.remove((iterator, ticket))
-        except Exception as error:
-            ticket.put(error)
-            self._iterators.remove((iterator, ticket))
+    @staticmethod
+    def _speak(news: list[News]) -> dict[int, np.ndarray | AudioError]:
+        """Hands codes to the voices of the rows that gave them, and lets speak those that must."""
+        voices: list[Voice] = []
+        closing: list[Voice] = []
+        for told in news:
+            if not isinstance(told.row, SpokenRow):
+                continue
+            voices.append(told.row.voice)
+            if told.code is not None:
+                told.row.voice.take(told.code)
+            if told.row.last and told.row.stop_reason is not None:
+                closing.append(told.row.voice)
+        return speak(voices, closing)
+
+    def _fail(self, rows: list[int], error: Exception) -> None:
+        """Ends rows, given by id(row), with an error."""
+        for key in rows:
+            self._tickets.pop(key).put(error)
+        self.batch.drop([row for row in self.batch.rows if id(row) in rows])
 
     @staticmethod
     def _answer(work: Callable[[], Any], ticket: Ticket[Any]) -> None:
@@ -267,13 +271,7 @@ class Engine:
     def _refuse_all(self) -> None:
         error = EngineClosed("the server is shutting down.")
         tickets = [*self._tickets.values(), *(t for _, t in self._calls)]
-        for ticket in [*tickets, *(t for _, t in self._waiting), *(t for _, t in self._iterators)]:
+        for ticket in [*tickets, *(t for _, t in self._waiting)]:
             ticket.put(error)
         self.batch.drop(list(self.batch.rows))
         self._tickets.clear()
-        self._iterators.clear()
-
-
-def _made(make: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """Puts the making of an iterator off until it is first advanced, which is on the engine's thread."""
-    yield from make()

@@ -17,6 +17,7 @@ from kimi_mm.serving.gate import Gate
 from kimi_mm.serving.metrics import Metrics
 from kimi_mm.serving.problems import ApiError
 from kimi_mm.serving.settings import ServeConfig
+from kimi_mm.serving.spoken_store import SpokenStore
 
 if TYPE_CHECKING:
     from kimi_mm.pipeline import KimiMM
@@ -32,6 +33,7 @@ class Service:
     gate: Gate
     metrics: Metrics
     answers: Answers
+    spoken: SpokenStore = field(default_factory=SpokenStore)
     started: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod

@@ -1,18 +1,15 @@
 """POST /v1/audio/speech, as OpenAI's: a text spoken, sent as it is made.
 
-    text ─► sentences ─► iterator in the engine ─► 24 kHz samples ─► wav, pcm: each piece at once; flac: when whole
-
-A WAV header names a length, which is not known yet: it holds the largest there is, as players expect of a stream.
+text ─► sentences ─► rows of the running batch ─► 24 kHz samples ─► wav, pcm: each piece at once; others: when whole
 """
 
 from __future__ import annotations
 
-import enum
-import io
-import struct
+from contextlib import aclosing
+from typing import Literal
 
+import anyio.to_thread
 import numpy as np
-import soundfile
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
@@ -21,17 +18,11 @@ from kimi_mm.serving.chat_request import Words
 from kimi_mm.serving.described import answers, sounds
 from kimi_mm.serving.problems import ApiError
 from kimi_mm.serving.service import Service
-from kimi_mm.types import WavePiece
+from kimi_mm.serving.sounds import SpeechFormat, encode, pcm16, wav_head
+from kimi_mm.serving.speaking import check_voice, read_out
 
 MAX_LETTERS = 4096  # as OpenAI's
-
-
-class SpeechFormat(str, enum.Enum):
-    """Forms of speech; pcm is 16 bits, little-endian, mono, at the model's rate."""
-
-    wav = "wav"
-    pcm = "pcm"
-    flac = "flac"
+MEDIA_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg"}
 
 
 class SpeechRequest(BaseModel):
@@ -40,7 +31,7 @@ class SpeechRequest(BaseModel):
     model: Words
     input: Words = Field(min_length=1, max_length=MAX_LETTERS)
     voice: Words | None = None
-    response_format: SpeechFormat = Field(SpeechFormat.wav, description="OpenAI's default, mp3, is not made here.")
+    response_format: Literal["wav", "pcm", "flac", "mp3", "opus"] = "wav"
     speed: float | None = None
     instructions: Words | None = None
     stream_format: Words | None = None
@@ -64,44 +55,22 @@ def routes(service: Service) -> APIRouter:
             raise ApiError(400, "instructions: the voice takes none; leave them out.", param="instructions")
         if body.stream_format not in (None, "audio"):
             raise ApiError(400, "stream_format: must be 'audio'.", param="stream_format")
-        rate = service.model.detokenizer.sample_rate  # raises the sentence of a model without a voice
-        form = body.response_format
+        rate = check_voice(service.model)
+        form = SpeechFormat(body.response_format)
 
-        async def say(emit: Emit) -> None:
-            waves: list[np.ndarray] = []
-            async with service.engine.iterate(lambda: service.model.speak_stream(body.input)) as events:
-                async for event in events:
-                    if not isinstance(event, WavePiece):
-                        continue
-                    if form is SpeechFormat.flac:
-                        waves.append(event.wave)
-                        continue
-                    head = wav_head(rate) if form is SpeechFormat.wav and not waves else b""
-                    waves = waves or [event.wave]
-                    await emit(head + pcm16(event.wave))
-            if form is SpeechFormat.flac:
-                await emit(_flac(np.concatenate(waves), rate))
+        async def as_made(emit: Emit) -> None:
+            head = wav_head(rate) if form is SpeechFormat.wav else b""
+            async with aclosing(read_out(service.engine, body.input)) as pieces:
+                async for piece in pieces:
+                    await emit(head + pcm16(piece.wave))
+                    head = b""
 
-        kinds = {"wav": "audio/wav", "pcm": f"audio/pcm;rate={rate}", "flac": "audio/flac"}
-        return service.answers.stream(say, kinds[form.value])
+        async def whole(emit: Emit) -> None:
+            async with aclosing(read_out(service.engine, body.input)) as pieces:
+                wave = np.concatenate([piece.wave async for piece in pieces])
+            await emit(await anyio.to_thread.run_sync(encode, wave, rate, form))
+
+        say = as_made if form in (SpeechFormat.wav, SpeechFormat.pcm) else whole
+        return service.answers.stream(say, MEDIA_TYPES.get(form.value, f"audio/pcm;rate={rate}"))
 
     return router
-
-
-def pcm16(wave: np.ndarray) -> bytes:
-    """Returns samples [S] in [-1, 1] as 16-bit little-endian bytes."""
-    return (wave * 32767).round().astype("<i2").tobytes()
-
-
-def wav_head(rate: int) -> bytes:
-    """Returns the header of a 16-bit mono WAV of unknown length."""
-    most = 2**32 - 1
-    return struct.pack(
-        "<4sI4s4sIHHIIHH4sI", b"RIFF", most, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", most - 36
-    )
-
-
-def _flac(wave: np.ndarray, rate: int) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, np.frombuffer(pcm16(wave), "<i2"), rate, format="FLAC")
-    return file.getvalue()

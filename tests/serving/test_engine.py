@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
 
+import numpy as np
 import pytest
+import torch
 
 import kimi_mm
 from kimi_mm.audio.io import read_audio
 from kimi_mm.cli.demo import CLIPS, read_clips
 from kimi_mm.errors import UserError
 from kimi_mm.generation import TextSampling, generate_text
+from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.serving.batch import Prompt, Row
 from kimi_mm.serving.engine import Engine, EngineClosed
 from kimi_mm.serving.hearing import transcribe, transcribe_stream
+from kimi_mm.serving.speaking import answer, spoken_row
+from kimi_mm.serving.voices import Voice, speak
+from kimi_mm.speech import open_voice
+from kimi_mm.types import CodePiece, TextPiece, WavePiece
 
 TEXTS = ["red dogs", "What is in the image?", "a video of 0123", "0", "dogs of a video in the image", "red"]
 
@@ -137,23 +145,67 @@ def test_errors_reach_their_asker_alone(able, engine):
         asyncio.run(fail())
 
 
-def test_iterators_take_turns_with_rows_and_wait_for_slow_readers(able, engine):
-    made = []
+def ask_aloud(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
 
-    def numbers():
-        for number in range(1000):
-            made.append(number)
-            yield number
 
-    async def read() -> list[int]:
-        async with engine.iterate(numbers) as ticket:
-            first = await ticket.__anext__()
-            assert len(await ids_of(engine, Row(prompt(able, "dogs"), TextSampling(max_tokens=8)))) == 8
-            await asyncio.sleep(0.1)
-            assert len(made) < 100
-            return [first, *[number async for number in ticket]]
+def joined(events: list) -> tuple[str, list[int], np.ndarray]:
+    """Text, codes and samples of events."""
+    text = "".join(event.text for event in events if isinstance(event, TextPiece))
+    codes = [code for event in events if isinstance(event, CodePiece) for code in event.codes]
+    return text, codes, np.concatenate([event.wave for event in events if isinstance(event, WavePiece)])
 
-    assert asyncio.run(read()) == list(range(1000))
+
+def test_voices_say_together_what_they_say_alone(able, engine):
+    sampling = SpeechSampling(max_text_tokens=20, max_audio_codes=33, min_audio_codes=12)
+
+    async def one(number: int) -> list:
+        await asyncio.sleep(0.03 * number)
+        asked = Prompt(*able.read(ask_aloud(TEXTS[number]), "speech"))
+        row = spoken_row(able, asked, sampling, torch.Generator().manual_seed(number))
+        async with aclosing(answer(engine, row)) as events:
+            return [event async for event in events]
+
+    async def together() -> list:
+        written = Row(prompt(able, "red dogs"), TextSampling(max_tokens=60))
+        *spoken, ids = await asyncio.gather(*map(one, range(4)), ids_of(engine, written))
+        alone = Row(prompt(able, "red dogs"), TextSampling(max_tokens=60))
+        assert ids == await ids_of(engine, alone)
+        return spoken
+
+    for number, events in enumerate(asyncio.run(together())):
+        generator = torch.Generator().manual_seed(number)
+        text, codes, wave = joined(list(able.stream(ask_aloud(TEXTS[number]), sampling=sampling, generator=generator)))
+        assert joined(events)[:2] == (text, codes)
+        assert len(codes) >= 12
+        assert np.abs(joined(events)[2] - wave).max() < 1e-4 < 0.01 < np.abs(wave).max()
+    assert engine.running == engine.batch.held_bytes == 0
+
+
+def test_voices_wait_for_each_other_but_not_until_their_listeners_run_dry(able):
+    def voice(seed: int) -> Voice:
+        return Voice(open_voice(able, torch.Generator().manual_seed(seed)))
+
+    first, second = voice(1), voice(2)
+    for code in range(5):
+        first.take(code)
+    out = speak([first, second])
+    assert list(out) == [id(first)]  # whoever begins is heard at once
+    first.sent(10 * first.rate)  # and its listener has much to listen to
+    for code in range(4):
+        first.take(code)
+    assert first.due
+    assert not first.urgent
+    assert not speak([first, second])
+    for code in range(5):
+        second.take(code)
+    assert set(speak([first, second])) == {id(first), id(second)}  # both in one go
+    for code in range(4):
+        first.take(code)
+    assert list(speak([first])) == [id(first)]  # there is nobody else
+    for code in range(4):
+        first.take(code)
+    assert set(speak([first, second], closing=[second])) == {id(second)}  # it ends; the other still has time
 
 
 def test_closing_refuses_what_is_open(able):
