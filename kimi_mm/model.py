@@ -73,13 +73,24 @@ class Model(nn.Module):
     def embed(self, inputs: ModelInputs) -> torch.Tensor:
         """Returns what the backbone reads, [B, T, D]: ids, features, and the rows of pictures in their places."""
         audio_ids = inputs.audio_ids if self.config.hears else None
-        x = self.backbone.embed(inputs.text_ids, audio_ids, inputs.features, inputs.feature_mask)
+        features = inputs.features if inputs.clip_waves is None else self.hear(inputs)
+        x = self.backbone.embed(inputs.text_ids, audio_ids, features, inputs.feature_mask)
         if inputs.vision_at is None:
             return x
         rows = self.see(inputs) if inputs.vision_rows is None else inputs.vision_rows
         if len(rows) != len(inputs.vision_at):
             raise UserError(f"the pictures make {len(rows)} rows, the prompt has {len(inputs.vision_at)} placeholders.")
         return x.flatten(0, 1).index_copy(0, inputs.vision_at, rows.to(x.dtype)).view_as(x)
+
+    def hear(self, inputs: ModelInputs) -> torch.Tensor:
+        """Runs the feature encoder over the recordings of a batch: features [B, T, F] in their places."""
+        assert inputs.clip_waves is not None
+        assert inputs.clip_rows is not None
+        assert inputs.clip_at is not None
+        rows = self.audio.feature_rows(inputs.clip_waves).flatten(0, 1).index_select(0, inputs.clip_rows)
+        batch, positions = inputs.text_ids.shape
+        empty = rows.new_zeros(batch * positions, rows.shape[-1])
+        return empty.index_copy(0, inputs.clip_at, rows).view(batch, positions, -1)
 
     def see(self, inputs: ModelInputs) -> torch.Tensor:
         """Runs the eyes over all pictures and chunks of a batch: rows [M, D] in the order of `vision_at`."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kimi_mm.vision.processing import VisionItem, VisionProcessor
 
 IGNORE = -100  # label of positions without loss
+SAMPLES_PER_CODE = 1280  # at 16 kHz: 12.5 codes a second
 
 
 @dataclass
@@ -90,6 +91,10 @@ class ModelInputs:
     given, are rows computed before, and no pixels are needed. Labels [B, T] say what position t is to predict, IGNORE
     where nothing.
 
+    Where features are to be learnt, `clip_waves` [segments, S] are the recordings of the whole batch, cut and padded to
+    what the feature encoder reads at once; its rows `clip_rows` [N], counted over all segments, then stand at the flat
+    positions `clip_at` [N] in the place of `features`.
+
     `cu_seqlens` [documents + 1] int32 marks B = 1 as a row of packed documents, which do not see each other.
     """
 
@@ -102,6 +107,9 @@ class ModelInputs:
     grid_thw: torch.Tensor | None = None
     vision_at: torch.Tensor | None = None
     vision_rows: torch.Tensor | None = None
+    clip_waves: torch.Tensor | None = None
+    clip_rows: torch.Tensor | None = None
+    clip_at: torch.Tensor | None = None
     text_labels: torch.Tensor | None = None
     audio_labels: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
@@ -114,10 +122,14 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class AudioClip:
-    """Tokenized audio: `codes` [N] int64 without offset, `features` [N, F]; None for what the assistant says."""
+    """Tokenized audio: `codes` [N] int64 without offset, `features` [N, F]; None for what the assistant says.
+
+    `segments` [segments, S], where features are to be learnt, are the recording as the feature encoder reads it.
+    """
 
     codes: torch.Tensor
     features: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
 
 
 class Processor:
@@ -381,6 +393,8 @@ class Processor:
         text_labels, audio_labels = torch.full_like(text, IGNORE), torch.full_like(text, IGNORE)
         width = next((clip.features.shape[-1] for row in clips for clip in row if clip.features is not None), 0)
         features = torch.zeros(batch, longest, width)
+        waves: list[torch.Tensor] = []
+        heard: list[tuple[torch.Tensor, torch.Tensor]] = []  # positions and rows of each of them
         for b, (row, row_clips) in enumerate(zip(rows, clips, strict=True)):
             length = len(row)
             text[b, :length] = torch.tensor(row.text)
@@ -399,9 +413,20 @@ class Processor:
                     continue
                 features[b, where] = clip.features.cpu().float()[rows_of_clip]
                 mask[b, where] = True
+                if clip.segments is not None:
+                    waves.append(clip.segments)
+                    heard.append((where + b * longest, rows_of_clip))
         lengths = torch.tensor([len(row) for row in rows])
         inputs = ModelInputs(text, audio, lengths, features if width else None, mask if width else None)
         inputs.text_labels, inputs.audio_labels = text_labels, audio_labels
+        if waves:
+            firsts = np.cumsum([0, *(len(segments) for segments in waves)])
+            per_segment = waves[0].shape[1] // SAMPLES_PER_CODE
+            inputs.clip_waves = torch.cat(waves)
+            inputs.clip_at = torch.cat([at for at, _ in heard])
+            inputs.clip_rows = torch.cat(
+                [rows + int(first) * per_segment for (_, rows), first in zip(heard, firsts, strict=False)]
+            )
         return self._place_items(inputs, rows, items or [[] for _ in rows])
 
     @staticmethod

@@ -131,9 +131,9 @@ class K2Processor(Processor):
         return streams
 
     def _open(self, streams: Streams, role: str) -> None:
-        self._add(streams, self.ids[f"{role}_start"])
+        self._add(streams, self.vocab.special(f"{role}_start"))
         self._text(streams, role, learn=False)
-        self._add(streams, self.ids["message_middle"])
+        self._add(streams, self.vocab.special("message_middle"))
 
     def _add(self, streams: Streams, token: int, *, learn: bool = False, item: int = -1) -> None:
         if learn:

@@ -91,10 +91,19 @@ class AudioTokenizer(nn.Module):
         hidden = self.encoder(self.log_mel(padded).to(self.encoder.conv1.weight.dtype), frames)
         rows = hidden.unflatten(1, (-1, pooling)).flatten(2)
         codes = self.quantizer.nearest(self.quantizer.project(rows).float())
-        whole = F.pad(samples, (0, self._segment - len(segment)))
-        heard = self.feature_encoder(self.log_mel(whole).to(self.feature_encoder.conv1.weight.dtype))
-        features = heard.unflatten(1, (-1, pooling)).flatten(2)
+        features = self.feature_rows(F.pad(samples, (0, self._segment - len(segment))))
         return AudioTokens(codes[0, :count], features[0, :count].float())
+
+    def feature_rows(self, segments: torch.Tensor) -> torch.Tensor:
+        """Continuous features of whole segments by the encoder made for them: [B, S] to [B, S / 1280, F]."""
+        assert self.feature_encoder is not None
+        heard = self.feature_encoder(self.log_mel(segments).to(self.feature_encoder.conv1.weight.dtype))
+        return heard.unflatten(1, (-1, self.config.pooling)).flatten(2)
+
+    def segments(self, wave: np.ndarray | torch.Tensor, sample_rate: int = 16_000) -> torch.Tensor:
+        """Cuts a recording into what `feature_rows` takes, the last padded with zeros; arguments as for `encode`."""
+        samples = torch.from_numpy(to_mono_16k(wave, sample_rate))
+        return F.pad(samples, (0, -len(samples) % self._segment)).view(-1, self._segment)
 
     def encode_batch(self, waves: list[np.ndarray], sample_rate: int = 16_000) -> list[AudioTokens]:
         """Tokenizes several recordings of any lengths, each exactly as alone."""

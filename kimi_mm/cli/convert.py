@@ -21,27 +21,35 @@ def convert(
     ] = False,
     shard_gib: Annotated[float, typer.Option(min=0.001, help="Largest weight file, GiB.")] = 4.0,
     to: Annotated[
-        str | None, typer.Option(help="'transformers': write one of our own models for its Auto classes.")
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="'transformers': one of our own models for its Auto classes. 'kimi-audio', ...: a converted or "
+            "fine-tuned model back to the layout that it was published in (which needs no option).",
+        ),
     ] = None,
     check: Annotated[bool, typer.Option(help="Read the result again and compare checksums.")] = False,
 ) -> None:
-    """Convert a published checkpoint to this package's layout; a converted one goes back, bit for bit."""
+    """Convert a published checkpoint to this package's layout; a converted or fine-tuned one goes back, bit for bit."""
     from kimi_mm.cli.progress import progress_bar
     from kimi_mm.conversion.convert import convert as run
     from kimi_mm.conversion.convert import export
     from kimi_mm.conversion.files import verify
+    from kimi_mm.conversion.layouts import LAYOUTS
 
-    if to is not None:
-        if to != "transformers":
-            raise UsageError(f"--to '{to}' must be 'transformers'; the way back to a published layout needs no option.")
+    if to == "transformers":
         print(export(source, dest))
         return
+    layouts = [name.replace("_", "-") for name in LAYOUTS]
+    if to is not None and to not in layouts:
+        raise UsageError(f"--to '{to}' must be one of transformers, {', '.join(layouts)}.")
     with progress_bar("converting") as advance:
         run(
             source,
             dest,
             audio_tokenizer=audio_tokenizer,
             keep_unused=keep_unused,
+            to=to,
             shard_bytes=int(shard_gib * 2**30),
             progress=None if advance is None else lambda done, total: advance(done / max(1, total)),
         )

@@ -19,6 +19,12 @@ def train(
         list[Path] | None,
         typer.Option("--data", metavar="FILE", help="Your .jsonl or .tar file, for sft and pretrain; repeatable."),
     ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="MODEL", help="What to start from: a name, a folder, or a published model (owner/name)."
+        ),
+    ] = "",
     debug: Annotated[bool, typer.Option("--debug", help="The recipe's small size: seconds on a CPU.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the output folder.")] = True,
@@ -31,6 +37,14 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        run(recipe, debug=debug, output=folder, resume=resume, overrides=overrides or [], data=data or [])
+        run(
+            recipe,
+            debug=debug,
+            output=folder,
+            resume=resume,
+            overrides=overrides or [],
+            data=data or [],
+            model=model,
+        )
     finally:
         leave_processes()

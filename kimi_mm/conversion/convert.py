@@ -2,6 +2,7 @@
 
     SOURCE (config.json)  ─► plan ─► DEST/model-*.safetensors, config.yaml, tokenizer, published/ (companions)
     SOURCE (config.yaml)  ─► the same table backwards ─► DEST as published
+    RUN (of training)     ─► RUN/model, likewise
 
 Both ways run in a few MiB of memory, go on where they were stopped, and leave SHA-256 sums.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -46,17 +47,19 @@ def convert(
     *,
     audio_tokenizer: str | Path | None = None,
     keep_unused: bool = False,
+    to: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
-    """Converts a published checkpoint to our layout, or a converted one back.
+    """Converts a published checkpoint to our layout, or a converted or fine-tuned one back.
 
     Args:
         source: a folder, or a repository of the hub ("moonshotai/Kimi-Linear-48B-A3B-Instruct"). A folder with
-            `config.yaml` is ours and goes back.
+            `config.yaml` is ours and goes back, and so does that of a training run which started from such a model.
         dest: folder, made if missing. Finished files of an earlier, stopped run are taken over.
         audio_tokenizer: folder or repository of GLM-4-Voice's tokenizer, for Kimi-Audio.
         keep_unused: also carry along what the model never reads (Whisper's decoder).
+        to: on the way back, the layout that the model must have ("kimi-audio"); None takes it as it is.
         shard_bytes: largest size of a weight file.
         progress: called with the bytes written and the bytes in all.
 
@@ -70,21 +73,46 @@ def convert(
     dest = Path(dest)
     if dest.resolve() == folder.resolve():
         raise CheckpointError(f"{dest}: source and destination are the same folder.")
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.yaml").is_file():
+        folder = folder / "model"
     if (folder / "config.yaml").is_file():
-        return _back(folder, dest, shard_bytes, progress)
+        return _back(folder, dest, to, shard_bytes, progress)
+    if to is not None:
+        raise CheckpointError(f"{folder}: is published already; --to is for converted and fine-tuned models.")
     model = open_published(folder, glm)
+    companions = {name: companion_path(model, name, glm) for name in model.companions}
     targets = plan(model, keep_unused=keep_unused)
+    return write_native(dest, targets, model.config, model.layout, companions, shard_bytes, progress)
+
+
+def write_native(
+    dest: Path,
+    targets: list[Target],
+    config: ModelConfig,
+    layout: str,
+    companions: Mapping[str, Path],
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a published model in our layout; see `convert`.
+
+    Args:
+        dest: folder, made if missing.
+        targets: our tensors.
+        config: of the model.
+        layout: that it goes back to.
+        companions: small files that came with it, by their names there.
+    """
     writer = Writer(dest, fingerprint(targets, "native", shard_bytes))
     total = sum(target.size for target in targets)
     writer.check_room(total)
     writer.shards(targets, shard_bytes, progress=_counter(progress, total))
-    for name in model.companions:
-        path = companion_path(model, name, glm)
+    for name, path in companions.items():
         writer.copy(path, f"{COMPANIONS}/{name}")
         if name in _TOKENIZERS:
             writer.copy(path, name)
-    writer.text(ORIGIN, json.dumps({"layout": model.layout}))
-    writer.text("config.yaml", model.config.to_yaml())
+    writer.text(ORIGIN, json.dumps({"layout": layout}))
+    writer.text("config.yaml", config.to_yaml())
     writer.finish()
     return dest
 
@@ -172,12 +200,20 @@ def published_targets(entries: dict[str, Stored], layout: Layout, where: Path) -
     return groups
 
 
-def _back(folder: Path, dest: Path, shard_bytes: int, progress: Progress | None) -> Path:
+def origin(folder: Path) -> str:
+    """Returns the layout that a converted folder goes back to; CheckpointError when there is none."""
     if not (folder / ORIGIN).is_file():
         raise CheckpointError(
             f"{folder}: was not converted from a published checkpoint; use --to transformers to hand it to others."
         )
-    layout = layout_of(str(read_json(folder / ORIGIN).get("layout")), ModelConfig.from_yaml(folder / "config.yaml"))
+    return str(read_json(folder / ORIGIN).get("layout"))
+
+
+def _back(folder: Path, dest: Path, to: str | None, shard_bytes: int, progress: Progress | None) -> Path:
+    name = origin(folder)
+    if to is not None and to.replace("-", "_") != name:
+        raise CheckpointError(f"{folder}: goes back to the layout '{name.replace('_', '-')}', not to '{to}'.")
+    layout = layout_of(name, ModelConfig.from_yaml(folder / "config.yaml"))
     entries = {entry.name: entry for entry in folder_entries(folder)}
     groups = published_targets(entries, layout, folder)
     everything = [target for targets in groups.values() for target in targets]

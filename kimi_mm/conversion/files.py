@@ -43,7 +43,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: where its bytes are, or, out of a `.pt` file, the mapped tensor itself."""
+    """A tensor of a file: where its bytes are, or the tensor itself, mapped from a `.pt` file or live.
+
+    A live tensor may be of another type; it is cast to `dtype` as it is read.
+    """
 
     file: Path
     name: str
@@ -61,7 +64,8 @@ class Stored:
         """Yields the bytes from `offset` on, `size` of them, block by block."""
         end = self.size if size is None else offset + size
         if self.tensor is not None:
-            data = self.tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            whole = self.tensor.detach().to("cpu", DTYPES[self.dtype])
+            data = whole.contiguous().flatten().view(torch.uint8).numpy().data
             for at in range(offset, end, BLOCK):
                 yield data[at : min(at + BLOCK, end)]
             return

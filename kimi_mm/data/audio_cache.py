@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from kimi_mm.audio.io import read_audio
 from kimi_mm.audio.tokenizer import AudioTokenizer
 from kimi_mm.data.rows import Source
-from kimi_mm.processing import AudioClip
+from kimi_mm.processing import SAMPLES_PER_CODE, AudioClip
 
 
 class AudioCache:
@@ -27,10 +27,11 @@ class AudioCache:
     Args:
         folder: where results are kept; made when the first one is written.
         tokenizer: frozen; its weights are part of the name under which results are kept.
+        segments: clips also hold their recording, for a feature encoder that learns; the features kept are its first.
     """
 
-    def __init__(self, folder: Path, tokenizer: AudioTokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, folder: Path, tokenizer: AudioTokenizer, segments: bool = False) -> None:
+        self.tokenizer, self.segments = tokenizer, segments
         self.folder = folder / _fingerprint(tokenizer)[:16]
 
     def __call__(self, source: Source) -> AudioClip:
@@ -42,7 +43,8 @@ class AudioCache:
             found = load_file(path)
         except (OSError, SafetensorError):
             found = self._hear(source, path)
-        return AudioClip(found["codes"].long(), found["features"].float())
+        segments = self.tokenizer.segments(read_audio(source)[0]) if self.segments else None
+        return AudioClip(found["codes"].long(), found["features"].float(), segments)
 
     def _hear(self, source: Source, path: Path) -> dict[str, torch.Tensor]:
         tokens = self.tokenizer.encode(read_audio(source)[0])
@@ -54,6 +56,16 @@ class AudioCache:
         save_file(found, aside)
         os.replace(aside, path)
         return found
+
+
+def measure(source: Source) -> AudioClip:
+    """Stands for hearing a recording where only its length counts: as many codes, all 0, and no features to speak of.
+
+    Raises:
+        AudioError: when the recording cannot be used.
+    """
+    count = -(-len(read_audio(source)[0]) // SAMPLES_PER_CODE)
+    return AudioClip(torch.zeros(count, dtype=torch.int64), torch.zeros(count, 0))
 
 
 def _fingerprint(tokenizer: AudioTokenizer) -> str:

@@ -146,11 +146,17 @@ def _from_kimi_audio(conversation: Any) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for number, item in enumerate(conversation):
         kind = item.get("message_type") if isinstance(item, dict) else None
-        if kind not in ("text", "audio"):
-            raise RowError(f"message {number}: message_type {kind!r}", "use 'text' or 'audio'")
-        part = {"type": kind, kind: item.get("content")}
-        if messages and messages[-1]["role"] == item.get("role"):
-            messages[-1]["content"].append(part)
+        if kind not in ("text", "audio", "audio-text"):
+            raise RowError(f"message {number}: message_type {kind!r}", "use 'text', 'audio' or 'audio-text'")
+        content, parts = item.get("content"), []
+        if kind == "audio-text":
+            if not isinstance(content, list) or len(content) != 2:
+                raise RowError(f"message {number}: 'audio-text' without two contents", "give [path, text]")
+            parts = [{"type": "text", "text": content[1]}, {"type": "audio", "audio": content[0]}]
         else:
-            messages.append({"role": item.get("role"), "content": [part]})
+            parts = [{"type": kind, kind: content}]
+        if messages and messages[-1]["role"] == item.get("role"):
+            messages[-1]["content"] += parts
+        else:
+            messages.append({"role": item.get("role"), "content": parts})
     return messages

@@ -113,6 +113,42 @@ def write_debug_conversations(folder: Path, count: int = 12, seed: int = 0) -> P
     return talk / "debug.jsonl"
 
 
+def write_debug_turns(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """Writes `folder/turns/debug.jsonl`: two buzzes are heard and answered in text, or in speech over two turns."""
+    rng = np.random.default_rng(seed)
+    turns = folder / "turns"
+    turns.mkdir(parents=True, exist_ok=True)
+    time = np.arange(8000) / 16_000
+    for number, word in enumerate(_WORDS):
+        write_wav(turns / f"{word}.wav", 0.3 * np.sin(2 * np.pi * (110 + 15 * number) * time), 16_000)
+    lines = []
+    for number in range(count):
+        one, other = (_WORDS[i] for i in rng.choice(len(_WORDS), size=2, replace=False))
+        heard = [{"type": "audio", "audio": f"{word}.wav"} for word in (one, other)]
+        answer: list[dict] = [{"type": "text", "text": f"{one} {other}"}]
+        messages: list[dict] = [{"role": "user", "content": [{"type": "text", "text": "say"}, *heard]}]
+        if number % 2:
+            messages += [{"role": "assistant", "content": [*answer, heard[1]]}, {"role": "user", "content": [heard[0]]}]
+            answer = [{"type": "text", "text": one}, heard[0]]
+        lines.append(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]}) + "\n")
+    (turns / "debug.jsonl").write_text("".join(lines), encoding="utf-8")
+    return turns / "debug.jsonl"
+
+
+def write_debug_chat(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """Writes `folder/chat.jsonl`: conversations in text alone, two turns each; returns its path."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(count):
+        messages: list[dict] = []
+        for i in rng.choice(len(_WORDS), size=2, replace=False):
+            messages.append({"role": "user", "content": f"say {_WORDS[i]}"})
+            messages.append({"role": "assistant", "content": _WORDS[i]})
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (folder / "chat.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "chat.jsonl"
+
+
 def write_debug_documents(folder: Path) -> dict[str, Path]:
     """Writes `folder/talk/*.jsonl` for every layout of documents; returns them by layout."""
     talk = write_debug_conversations(folder).parent

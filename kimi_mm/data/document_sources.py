@@ -22,7 +22,7 @@ from kimi_mm.data.rows import Row, RowError, open_rows
 def open_sources(
     config: DocumentDataConfig, maker: DocumentMaker, progress: Callable[[int], None] | None = None
 ) -> tuple[list[DocumentSource], Report]:
-    """Opens and checks all sources; recordings are heard, so that their codes are in the cache afterwards.
+    """Opens and checks all sources.
 
     Args:
         config: names the files and the longest document.

@@ -5,7 +5,8 @@
 
 The loss is the mean over all text labels of a batch, plus `speech_weight` times that over all codes; the mean of every
 group of documents ("text", "audio", "image", ...) is logged beside it, and that of codes as "speech". Recordings come
-as codes and features of the frozen tokenizer; pictures go through the eyes, which may learn.
+as codes and features of the frozen tokenizer; a feature encoder of its own may learn, and then hears them in each step.
+Pictures go through the eyes, which may learn.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kimi_mm import kernels
-from kimi_mm.config import ConfigError
+from kimi_mm.config import ConfigError, ModelConfig
 from kimi_mm.data.document_loader import DocumentBatch
 from kimi_mm.model import Model
-from kimi_mm.training.freezing import add_lora, freeze
+from kimi_mm.training.freezing import add_lora, freeze, parts_of
 from kimi_mm.training.recipe import Recipe
 
 Losses = dict[str, torch.Tensor]
-OPTIONAL = ("vision", "speech")  # parts that a micro-batch without pictures, or without codes to learn, does not reach
+# Parts that a micro-batch without pictures, without codes to learn, or without recordings does not reach.
+OPTIONAL = ("vision", "speech", "features")
 
 
 class DocumentObjective(nn.Module):
@@ -37,12 +39,14 @@ class DocumentObjective(nn.Module):
         super().__init__()
         self.backbone, self.vision = model.backbone, model.vision
         self._model = [model]  # not a submodule: the tokenizer and the voice stay out of the optimiser
-        self._frozen = freeze(model, tuple(dict.fromkeys(("audio", *recipe.freeze))))
+        self.features = model.audio.feature_encoder if learns_features(model.config, recipe) else None
         self.smoothing, self.speech_weight = recipe.label_smoothing, recipe.data.speech_weight
         self.everywhere = False  # set in runs of several processes: gradients reach every part, if only with zeros
         self.reached: set[str] = set()  # of OPTIONAL, since it was last cleared
-        if recipe.lora is not None:
-            self._frozen += add_lora(model.backbone, recipe.lora)
+        self._frozen = [] if recipe.lora is None else add_lora(model.backbone, recipe.lora)
+        always = [] if self.features is not None else ["features"]
+        always = [name for name in ("audio", *always) if name in parts_of(model)]
+        self._frozen += freeze(model, tuple(dict.fromkeys((*always, *recipe.freeze))))
 
     def train(self, mode: bool = True) -> DocumentObjective:
         """Sets the mode of all that learns; frozen experts do not even count their loads."""
@@ -70,6 +74,7 @@ class DocumentObjective(nn.Module):
             losses["speech"] = self._loss(heard, self._head(self.backbone.audio_head), batch.audio_labels)
             total = total + self.speech_weight * losses["speech"]
         reached = {"vision": batch.inputs.vision_at is not None, "speech": len(batch.audio_labels) > 0}
+        reached["features"] = batch.inputs.clip_waves is not None
         self.reached |= {name for name in OPTIONAL if reached[name]}
         for name in OPTIONAL if self.everywhere else ():
             if not reached[name]:
@@ -79,7 +84,11 @@ class DocumentObjective(nn.Module):
     def optional_parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns what learns in each part that micro-batches may not reach."""
         backbone = self.backbone
-        modules = {"vision": [self.vision], "speech": [backbone.audio, backbone.audio_head]}
+        modules = {
+            "vision": [self.vision],
+            "speech": [backbone.audio, backbone.audio_head],
+            "features": [self.features],
+        }
         return {
             name: [p for module in modules[name] if module is not None for p in module.parameters() if p.requires_grad]
             for name in OPTIONAL
@@ -97,3 +106,8 @@ class DocumentObjective(nn.Module):
 
     def _loss(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return kernels.linear_cross_entropy(hidden, weight, labels, label_smoothing=self.smoothing)
+
+
+def learns_features(config: ModelConfig, recipe: Recipe) -> bool:
+    """Whether a feature encoder of its own, such as Kimi-Audio's Whisper, is trained along."""
+    return config.hears and config.audio.feature_encoder is not None and not {"audio", "features"} & set(recipe.freeze)

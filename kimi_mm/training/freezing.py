@@ -16,7 +16,7 @@ from kimi_mm.config_base import Config
 from kimi_mm.model import Model
 from kimi_mm.text.moe import Router
 
-PARTS = ("audio", "vision", "tower", "projector", "embed", "adaptor", "trunk", "text", "speech")
+PARTS = ("audio", "features", "vision", "tower", "projector", "embed", "adaptor", "trunk", "text", "speech")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,15 @@ class LoraConfig(Config):
 def parts_of(model: Model) -> dict[str, list[nn.Module]]:
     """Returns the modules of every part that a model has and that `freeze` can name.
 
-    "audio" is the tokenizer, "vision" tower and projector together, "embed" the table of ids (and, where it is tied,
-    the heads), "text" and "speech" the two branches with their heads.
+    "audio" is the tokenizer without "features", an encoder of its own for continuous features (Kimi-Audio's Whisper);
+    "vision" tower and projector together, "embed" the table of ids (and, where it is tied, the heads), "text" and
+    "speech" the two branches with their heads.
     """
     backbone, vision = model.backbone, model.vision
+    audio = model.audio if model.config.hears else None
     parts = {
-        "audio": [model.audio],
+        "audio": [audio and audio.encoder, audio and audio.quantizer],
+        "features": [audio and audio.feature_encoder],
         "vision": [vision],
         "tower": [vision and vision.tower],
         "projector": [vision and vision.projector],
@@ -99,16 +102,26 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> list[nn.Module]:
         target_modules=sorted(linear & set(config.targets)),
     )
     peft.inject_adapter_in_model(settings, backbone)
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:  # adapters are made in the type of their weights, which may be too narrow to learn
+            parameter.data = parameter.data.float()
     # The choice of experts belongs to the frozen weights; balancing must not move it.
     return [module for module in backbone.modules() if isinstance(module, Router)]
 
 
 def merge_lora(backbone: nn.Module) -> None:
-    """Adds all adapters to the weights that they stand beside, and removes them."""
+    """Adds all adapters to the weights that they stand beside, in fp32, and removes them.
+
+    Those weights, which were frozen, require gradients now: they are what was learnt.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(backbone.named_modules()):
         if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            assert isinstance(base, nn.Linear)
+            base.weight.data = base.weight.data.float()
             module.merge()  # type: ignore[operator]
+            base.weight.requires_grad_()
             parent, _, last = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), last, module.get_base_layer())
+            setattr(backbone.get_submodule(parent), last, base)

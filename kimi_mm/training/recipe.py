@@ -102,7 +102,9 @@ class Recipe(Config):
             "pretrain" and "sft" (documents and conversations of the section `data`), "speech" (spoken answers).
         model: model file below `recipes/`, for instance "models/nano.yaml" ("": the model of `init`).
         detokenizer: file of the detokenizer that the model gets, below `recipes/` ("": what the model file says).
-        init: checkpoint folder to start from, or the name of a shipped one ("" starts from random weights).
+        init: checkpoint folder to start from, or the name of a shipped one ("" starts from random weights). "sft" and
+            "pretrain" also start from published models: a folder as downloaded or converted, or a hub's "owner/name".
+        audio_tokenizer: folder or repository of GLM-4-Voice's tokenizer, where `init` is Kimi-Audio as downloaded.
         init_audio: checkpoint folder whose audio tokenizer replaces that of `init`.
         init_vocoder: checkpoint folder whose vocoder replaces that of `init`.
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
@@ -115,8 +117,8 @@ class Recipe(Config):
         tts_share: share of the steps of the speech stage that read sentences out; the rest answers in dialogs.
         audio_weight: weight of the codes of spoken answers beside their text.
         freeze_backbone: the vision stage trains tower and projector only, and leaves the rest bit for bit as it was.
-        freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; the audio
-            tokenizer always is.
+        freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; what makes
+            codes always is.
         lora: the stages on documents train adapters in the backbone instead of its weights; null trains the weights.
         peak_tflops: dense bf16 peak of the device that MFU is a share of; 0 knows it for common GPUs by their names.
         weights: format of the model that is written at the end, "fp32", "fp16" or "int8".
@@ -126,6 +128,7 @@ class Recipe(Config):
     model: str = ""
     detokenizer: str = ""
     init: str = ""
+    audio_tokenizer: str = ""
     init_audio: str = ""
     init_vocoder: str = ""
     whisper: str = ""
@@ -229,10 +232,26 @@ def load_recipe(name: str, *, debug: bool = False, overrides: list[str] | None =
     recipe = Recipe.from_dict(values, where=str(path))
     if recipe.init:
         recipe = recipe.replace(init=str(find_checkpoint(recipe.init)))
-    model = ModelConfig.from_yaml(_find(recipe.model) if recipe.model else Path(recipe.init) / "config.yaml")
+    model = ModelConfig.from_yaml(_find(recipe.model)) if recipe.model else _model_of(recipe)
     if recipe.detokenizer:
         model = model.replace(detokenizer=DetokenizerConfig.from_yaml(_find(recipe.detokenizer)))
     return recipe, model
+
+
+def _model_of(recipe: Recipe) -> ModelConfig:
+    """The config of what a recipe starts from; a published model that is known by name is not downloaded for it."""
+    path = Path(recipe.init) / "config.yaml"
+    if recipe.stage not in DOCUMENTS or path.is_file():
+        return ModelConfig.from_yaml(path)
+    from kimi_mm.conversion.hub import is_repository
+    from kimi_mm.conversion.presets import PRESETS
+    from kimi_mm.conversion.tuning import published_start
+
+    for preset in PRESETS.values():
+        if is_repository(recipe.init) and recipe.init in preset.repositories:
+            return preset.config
+    start = published_start(recipe.init, recipe.audio_tokenizer or None)
+    return ModelConfig.from_yaml(path) if start is None else start.config
 
 
 def _find(name: str) -> Path:

@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 from kimi_mm.audio.encoder import AudioEncoder
 from kimi_mm.checkpoint import load_tensors, save_checkpoint
 from kimi_mm.config import ConfigError, ModelConfig
+from kimi_mm.conversion.tuning import PublishedStart, published_start, widen
 from kimi_mm.data.art import Art
 from kimi_mm.data.debug import (
     write_debug_art,
+    write_debug_chat,
     write_debug_data,
     write_debug_dialogs,
     write_debug_documents,
     write_debug_targets,
+    write_debug_turns,
 )
 from kimi_mm.data.loader import SpeechLoader, TextLoader, training_texts
 from kimi_mm.data.manifest import write_aside
@@ -30,16 +33,16 @@ from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
 from kimi_mm.processing import Processor
+from kimi_mm.processing_published import processor_for
 from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.training.document_objective import DocumentObjective
-from kimi_mm.training.documents import open_documents, with_files
+from kimi_mm.training.documents import hear_all, open_documents, with_files
 from kimi_mm.training.freezing import merge_lora
 from kimi_mm.training.objectives import build_objective
 from kimi_mm.training.recipe import DOCUMENTS, SPEECH_OUT, Recipe, load_recipe
 from kimi_mm.training.speech_out import build_speech_out
 from kimi_mm.training.spoken_objective import SpokenObjective
 from kimi_mm.training.vision_objective import VisionObjective
-from kimi_mm.vision.processing import VisionProcessor
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +55,11 @@ def train(
     resume: bool = True,
     overrides: list[str] | None = None,
     data: Sequence[str | Path] = (),
+    model: str | Path = "",
 ) -> dict[str, float]:
     """Trains a recipe and writes the model to `output/model`.
+
+    One that started from a published model is written in the converted layout, see `kimi_mm.conversion.tuning`.
 
     Args:
         recipe: name or path, see `load_recipe`.
@@ -61,6 +67,7 @@ def train(
         output: run folder; an interrupted run there is continued when `resume`.
         overrides: "key=value" changes to the recipe.
         data: `.jsonl` and `.tar` files that take the place of `data.sources`.
+        model: name, folder or repository to start from, in the place of what the recipe says.
 
     Returns:
         The last logged losses.
@@ -73,31 +80,36 @@ def train(
     from kimi_mm.training.trainer import Trainer
 
     join_processes()
+    if model:
+        overrides = [f"init={json.dumps(str(model))}", "model=", *(overrides or [])]
     settings, config = load_recipe(recipe, debug=debug, overrides=overrides)
     output = Path(output)
     if data:
         settings = with_files(settings, data)
     if debug:
         settings = from_main(lambda: _with_debug_data(settings, output / "data"))
+    start = None
+    if settings.init and settings.stage in DOCUMENTS:
+        start = published_start(settings.init, settings.audio_tokenizer or None)
+    config = config if start is None else start.config
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer = TextTokenizer.from_json(from_main(lambda: _text_tokenizer(settings, config).to_json()))
-    vision = None if config.vision is None else VisionProcessor(config.vision)
-    processor = Processor(config.vocab, tokenizer, vision, config.audio_delay)
-    model = Model(config)
-    if settings.init:
-        # A voice, eyes, or a branch that speaks, may be given to a model that had none.
-        speaks = ("detokenizer.", "backbone.audio.", "backbone.audio_head.")
-        new = {"vision": ("vision.",), "speech": speaks, **dict.fromkeys(SPEECH_OUT, ("detokenizer.",))}
-        new |= dict.fromkeys(DOCUMENTS, ("vision.", *speaks))
-        load_tensors(model, Path(settings.init), optional=new.get(settings.stage, ()))
+    if start is None:
+        tokenizer = TextTokenizer.from_json(from_main(lambda: _text_tokenizer(settings, config).to_json()))
+    else:
+        tokenizer = start.tokenizer()
+    processor = processor_for(config, tokenizer)
+    documents = None
+    if settings.stage in DOCUMENTS:
+        documents = open_documents(settings, config, processor, output)
+    net = _model(settings, config, start)
     if settings.init_audio:
-        load_tensors(model.audio, Path(settings.init_audio), prefix="audio.")
-    if settings.init_vocoder and model.detokenizer is not None:
-        load_tensors(model.detokenizer.vocoder, Path(settings.init_vocoder), prefix="detokenizer.vocoder.")
+        load_tensors(net.audio, Path(settings.init_audio), prefix="audio.")
+    if settings.init_vocoder and net.detokenizer is not None:
+        load_tensors(net.detokenizer.vocoder, Path(settings.init_vocoder), prefix="detokenizer.vocoder.")
     teacher = _teacher(settings, config)
     if teacher is not None and not settings.init:
-        model.audio.encoder.load_state_dict(teacher.state_dict())
+        net.audio.encoder.load_state_dict(teacher.state_dict())
     speech = _speech(settings, processor)
     heard = speech.shards.utterances if isinstance(speech, SpeechLoader) else []
     if settings.stage in ("asr", "vision", "speech") and not all(item.text for item in heard):
@@ -106,33 +118,54 @@ def train(
     needs_text = settings.stage == "text" or (settings.stage in ("asr", "vision", "speech") and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
     scenes = SceneLoader(settings.scenes, processor, settings.seed) if settings.stage == "vision" else None
-    documents = None
     if settings.stage in SPEECH_OUT:
-        objective = build_speech_out(model, settings)
+        objective = build_speech_out(net, settings)
     elif settings.stage in DOCUMENTS:
-        documents = open_documents(settings, model, processor, output)
-        objective = DocumentObjective(model, settings)
+        objective = DocumentObjective(net, settings)
+        widen(net)
     elif settings.stage == "vision":
-        objective = VisionObjective(model, settings)
+        objective = VisionObjective(net, settings)
     elif settings.stage == "speech":
-        objective = SpokenObjective(model, settings)
+        objective = SpokenObjective(net, settings)
     else:
-        objective = build_objective(model, settings, teacher)
-    model.to(own_device())
+        objective = build_objective(net, settings, teacher)
+    net.to(own_device())
     if teacher is not None and isinstance(speech, SpeechLoader):
-        _seed_codebook(model, speech)
+        _seed_codebook(net, speech)
+    if documents is not None:
+        hear_all(documents, settings, net, output)
     trainer = Trainer(settings, objective, speech, text, output, scenes, documents, _spoken(settings, processor))
     numbers = trainer.train(resume=resume)
     if settings.lora is not None:
-        merge_lora(model.backbone)
-    trained = trainer.whole_model(model)
+        merge_lora(net.backbone)
+    trained = trainer.whole_model(net)
     if trained is not None:
-        size = save_checkpoint(output / "model", trained, tokenizer, weights=settings.weights)
+        if start is not None:
+            start.write(output / "model", trained)
+            size = sum(file.stat().st_size for file in (output / "model").glob("*.safetensors"))
+        else:
+            size = save_checkpoint(output / "model", trained, tokenizer, weights=settings.weights)
         summary = json.dumps({"step": trainer.step, **numbers}, indent=1) + "\n"
         write_aside(output / "summary.json", summary.encode())
         log.info("wrote %s (%.1f MiB)", output / "model", size / 2**20)
     from_main(lambda: None)  # no process leaves while the first still writes
     return numbers
+
+
+def _model(recipe: Recipe, config: ModelConfig, start: PublishedStart | None) -> Model:
+    """Builds the model with the weights that the recipe starts from."""
+    if start is not None:
+        # What stays as it is need not be wider than it was published; FSDP2 wants one type.
+        alone = recipe.precision == "bf16" and not torch.distributed.is_initialized()
+        return start.model(None if alone else torch.float32)
+    model = Model(config)
+    if recipe.init:
+        # A voice, eyes, or a branch that speaks, may be given to a model that had none.
+        speaks = ("detokenizer.", "backbone.audio.", "backbone.audio_head.")
+        new = {"vision": ("vision.",), "speech": speaks, **dict.fromkeys(SPEECH_OUT, ("detokenizer.",))}
+        new |= dict.fromkeys(DOCUMENTS, ("vision.", *speaks))
+        load_tensors(model, Path(recipe.init), optional=new.get(recipe.stage, ()))
+    return model
 
 
 def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader | None:
@@ -171,6 +204,9 @@ def _with_debug_data(recipe: Recipe, folder: Path) -> Recipe:
     if any(source.files == ("debug-programs",) for source in recipe.data.sources):
         write_samples(folder / "programs.jsonl", Art(write_debug_art(folder)), 12)
         recipe = with_files(recipe, [folder / "programs.jsonl"])
+    for name, write in (("debug-turns", write_debug_turns), ("debug-chat", write_debug_chat)):
+        if any(source.files == (name,) for source in recipe.data.sources):
+            recipe = with_files(recipe, [write(folder)])
     if any(source.files == ("debug",) for source in recipe.data.sources):
         made = write_debug_documents(folder)
         sources = [

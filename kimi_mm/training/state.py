@@ -24,19 +24,30 @@ from kimi_mm.errors import CheckpointError
 DAMAGE = (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError)  # how reading a broken file ends
 
 
-def save_state(run: Path, step: int, module: torch.nn.Module, extra: dict[str, Any], keep: int = 2) -> Path:
+def save_state(
+    run: Path,
+    step: int,
+    module: torch.nn.Module,
+    extra: dict[str, Any],
+    keep: int = 2,
+    leave: frozenset[str] = frozenset(),
+) -> Path:
     """Writes `RUN/step-N` aside, renames it, and removes all but the newest `keep`.
+
+    Args:
+        leave: names of tensors that never change and that whoever resumes has anyway.
 
     Raises:
         CheckpointError: when it cannot be written, as on a full disk; what was written of it is gone then, and all
             earlier checkpoints are as they were.
     """
     with written_aside(run, step) as aside:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        kept = {name: tensor for name, tensor in module.state_dict().items() if name not in leave}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
         shared: dict[int, str] = {}
         for name in list(tensors):
             # Tied tensors are stored once; load_state_dict fills every name again from the module's own tying.
-            pointer = module.state_dict()[name].data_ptr()
+            pointer = kept[name].data_ptr()
             if pointer and shared.setdefault(pointer, name) != name:
                 del tensors[name]
         save_file(tensors, aside / "model.safetensors")
@@ -119,8 +130,8 @@ def list_states(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step-*") if (path / "training.pt").is_file())
 
 
-def load_state(path: Path, module: torch.nn.Module) -> dict[str, Any]:
-    """Restores a module in place and returns the rest of the state.
+def load_state(path: Path, module: torch.nn.Module, leave: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Restores a module in place, but for what `save_state` was told to leave, and returns the rest of the state.
 
     Raises:
         CheckpointError: if the checkpoint is damaged, or of another model.
@@ -140,7 +151,7 @@ def load_state(path: Path, module: torch.nn.Module) -> dict[str, Any]:
         raise CheckpointError(f"{path}: does not fit this recipe's model ({last}); --no-resume starts anew.") from None
     own = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
     loaded = {own[name] for name in tensors if name in own}
-    lost = [name for name in missing if own[name] not in loaded]
+    lost = [name for name in missing if own[name] not in loaded and name not in leave]
     if lost or unexpected:
         raise CheckpointError(f"{path}: tensor '{(lost + unexpected)[0]}' does not fit this recipe's model.")
     return extra

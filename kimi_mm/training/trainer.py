@@ -34,7 +34,7 @@ from kimi_mm.training.guard import Guard
 from kimi_mm.training.meters import ConsoleTable, Meters
 from kimi_mm.training.muon import Muon, is_hidden_matrix
 from kimi_mm.training.parallel import Parallel, join_processes, own_device
-from kimi_mm.training.recipe import OptimConfig, Recipe
+from kimi_mm.training.recipe import DOCUMENTS, OptimConfig, Recipe
 from kimi_mm.training.schedule import lr_factor, source_of_step
 from kimi_mm.training.state import list_states, load_state, remove_leftovers, save_state
 from kimi_mm.training.state_sharded import SHARDS, group_state, read_any, save_sharded, whole_tensors
@@ -123,6 +123,8 @@ class Trainer:
         self.names = parameter_names(objective, recipe.optim)
         self.parallel = Parallel(recipe, objective, device)
         self.objective = objective
+        frozen = {name for name, parameter in objective.named_parameters() if not parameter.requires_grad}
+        self.fixed = frozenset(frozen if recipe.init and recipe.stage in DOCUMENTS else ())  # checkpoints leave it out
         self.optimizer = make_optimizer(objective, recipe.optim, fused=device.type == "cuda")
         self.loaders = {"speech": speech, "text": text, "scenes": scenes, "documents": documents, **(spoken or {})}
         self.guard = Guard(recipe.guard)
@@ -301,7 +303,8 @@ class Trainer:
         }
         try:
             if self.parallel.world == 1:
-                save_state(self.run, self.step, self.objective, {**extra, "optimizer": self.optimizer.state_dict()})
+                extra["optimizer"] = self.optimizer.state_dict()
+                save_state(self.run, self.step, self.objective, extra, leave=self.fixed)
             else:
                 extra["groups"] = group_state(self.optimizer)
                 save_sharded(self.run, self.step, self.objective, self.optimizer, extra)
@@ -312,7 +315,7 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         if self.parallel.world == 1 and not (path / SHARDS).is_dir():
-            extra = load_state(path, self.objective)
+            extra = load_state(path, self.objective, self.fixed)
             try:
                 self.optimizer.load_state_dict(extra["optimizer"])
             except (KeyError, ValueError) as error:

@@ -30,10 +30,9 @@ YARN = {
 }
 
 
-def _kimi_linear():
+def _kimi_linear(**changes):
     config = transformers.KimiLinearConfig(
-        **COMMON,
-        **MLA,
+        **COMMON | MLA | changes,
         q_lora_rank=None,
         moe_intermediate_size=24,
         num_local_experts=8,
