@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kimi_mm.generation_graphs import Steps
 from kimi_mm.model import Model
 from kimi_mm.processing import ModelInputs
 
@@ -73,6 +74,7 @@ def generate_text(
     alive = [row for row in range(batch) if limits[row] > 0]
     if len(alive) < batch:
         cache, hidden = cache.select(alive), hidden[alive]
+    steps = Steps(model, cache, room=max(limits, default=0))
     while alive:
         logits = text_logits(model, hidden)
         chosen = choose_text(logits, sampling, generator)
@@ -92,9 +94,11 @@ def generate_text(
         if not keep:
             break
         if len(keep) < len(alive):
-            cache, chosen = cache.select(keep), chosen[keep]
+            steps.select(keep)
+            chosen = chosen[keep]
             alive = [alive[slot] for slot in keep]
-        hidden = model.step(chosen, torch.full_like(chosen, blank), cache).text_hidden
+        hidden = steps(chosen, torch.full_like(chosen, blank)).text_hidden
+    steps.close()
     return [
         TextResult(ids, score / max(1, len(ids) + (reason == "eos")), reason)
         for ids, score, reason in zip(tokens, scores, reasons, strict=True)
@@ -121,14 +125,18 @@ def stream_text(
     eos, blank = vocab.special("text_eos"), vocab.special("text_blank")
     cache = model.backbone.new_cache(1, device=inputs.text_ids.device, dtype=model.backbone.embed_tokens.weight.dtype)
     hidden = model(inputs, cache).text_hidden[:, int(inputs.lengths[0]) - 1, None]
-    while len(tokens) < sampling.max_tokens:
-        logits = text_logits(model, hidden)
-        chosen = choose_text(logits, sampling, generator)
-        tokens.append(int(chosen))
-        if tokens[-1] == eos or loop_period(tokens):
-            return
-        yield tokens[-1]
-        hidden = model.step(chosen, torch.full_like(chosen, blank), cache).text_hidden
+    steps = Steps(model, cache, room=sampling.max_tokens)
+    try:
+        while len(tokens) < sampling.max_tokens:
+            logits = text_logits(model, hidden)
+            chosen = choose_text(logits, sampling, generator)
+            tokens.append(int(chosen))
+            if tokens[-1] == eos or loop_period(tokens):
+                return
+            yield tokens[-1]
+            hidden = steps(chosen, torch.full_like(chosen, blank)).text_hidden
+    finally:  # also when whoever reads the stream stops reading
+        steps.close()
 
 
 def loop_period(tokens: list[int], copies: int = 3, longest: int = 24) -> int:

@@ -22,6 +22,7 @@ import torch
 from kimi_mm.config import VocabConfig
 from kimi_mm.errors import UserError
 from kimi_mm.generation import loop_period
+from kimi_mm.generation_graphs import Steps
 from kimi_mm.model import Model
 from kimi_mm.processing import ModelInputs
 
@@ -222,6 +223,7 @@ class TwoStreams:
         forced: for each row the text ids that it has to say, or None where it chooses them.
         delay: steps by which audio trails text; None takes the model's.
         generator: source of randomness, on any device.
+        graphs: see `generation_graphs.Steps`.
 
     Raises:
         UserError: the model has no audio branch.
@@ -236,10 +238,11 @@ class TwoStreams:
         forced: Sequence[Sequence[int] | None] | None = None,
         delay: int | None = None,
         generator: torch.Generator | None = None,
+        graphs: bool | None = None,
     ) -> None:
         if model.backbone.audio is None:
             raise UserError(f"model '{model.config.name}' has no voice; its config has no 'backbone.audio_head'.")
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.graphs = model, inputs, graphs
         delay = model.config.audio_delay if delay is None else delay
         generator = generator or torch.Generator().manual_seed(0)
         texts = forced or [None] * len(inputs.lengths)
@@ -262,19 +265,24 @@ class TwoStreams:
         if len(alive) < batch:
             keep = [row.row for row in alive]
             cache, text_hidden, audio_hidden = cache.select(keep), text_hidden[keep], audio_hidden[keep]
-        while alive:
-            texts, codes = next_ids(model, alive, text_hidden, audio_hidden)
-            yield [row.take(text, code) for row, text, code in zip(alive, texts, codes, strict=True)]
-            keep = [slot for slot, row in enumerate(alive) if not row.result.done]
-            if len(keep) < len(alive):
-                alive = [alive[slot] for slot in keep]
-                texts, codes = ([part[slot] for slot in keep] for part in (texts, codes))
-                if alive:
-                    cache = cache.select(keep)
-            if alive:
-                ids = (torch.tensor(part, device=device) for part in (texts, codes))
-                output = model.step(*ids, cache)
+        if not alive:
+            return
+        steps = Steps(model, cache, room=max(row.longest for row in alive), graphs=self.graphs)
+        try:
+            while True:
+                texts, codes = next_ids(model, alive, text_hidden, audio_hidden)
+                yield [row.take(text, code) for row, text, code in zip(alive, texts, codes, strict=True)]
+                keep = [slot for slot, row in enumerate(alive) if not row.result.done]
+                if not keep:
+                    return
+                if len(keep) < len(alive):
+                    alive = [alive[slot] for slot in keep]
+                    texts, codes = ([part[slot] for slot in keep] for part in (texts, codes))
+                    steps.select(keep)
+                output = steps(*(torch.tensor(part, device=device) for part in (texts, codes)))
                 text_hidden, audio_hidden = output.text_hidden[:, -1], _there(output.audio_hidden)[:, -1]
+        finally:  # also when whoever listens stops
+            steps.close()
 
     def run(self) -> list[SpeechResult]:
         """Runs to the end and returns the results, one for each row."""

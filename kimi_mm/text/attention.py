@@ -4,6 +4,7 @@
     cu_seqlens              causal within every packed sequence
     empty cache             causal among the new tokens; right-padded rows need no mask, their tails are never read
     filled cache, T = 1     all keys of the row
+    cache with a capacity   the same, behind a mask over all of it; nothing depends on the host's count
     filled cache, T > 1     keys up to each query
     context parallel        keys of all ranks before, and causal among one's own (kimi_mm.text.context)
 
@@ -86,6 +87,12 @@ def plan_step(
     if cache.batch_size != B:
         raise ValueError(f"The cache holds {cache.batch_size} rows, the input {B}; use new_cache({B}) or select().")
     index = cache.lengths[:, None] + counted
+    if cache.capacity:
+        if T != 1 or lengths is not None or cache.max_length >= cache.capacity:
+            raise ValueError(f"a cache with a capacity takes one token a step, {cache.capacity} in all.")
+        mask = (torch.arange(cache.capacity, device=x.device) <= index[..., None])[:, None]
+        where = index if positions is None else positions
+        return Step(where, mask=mask, start=cache.capacity - 1, write=index)
     step = Step(index if positions is None else positions, lengths, valid, start=cache.max_length)
     if cache.max_length:
         if cache.ragged:

@@ -6,6 +6,8 @@ BackboneCache
 └── layers
     ├── KDAState          last raw conv inputs [B, W-1, C], recurrent state [B, HV, V, K] fp32
     └── SequenceState     one growing buffer [B, S, ...] (MLA latents, or GQA keys and values)
+
+A cache with a capacity does not grow: no tensor moves and no shape changes from step to step, as a CUDA graph wants it.
 """
 
 from __future__ import annotations
@@ -78,16 +80,23 @@ class BackboneCache:
     lengths: Tensor  # [B] int64
     max_length: int = 0
     ragged: bool = False  # True: rows may hold fewer than max_length tokens
+    capacity: int = 0  # tokens that all buffers have room for; 0: they grow
 
     @property
     def batch_size(self) -> int:
         return self.lengths.shape[0]
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of all tensors of all layers."""
+        return [tensor.dtype for layer in self.layers for tensor in layer.tensors().values()]
+
     def advance(self, tokens: int, lengths: Tensor | None) -> None:
         """Counts the tokens of one forward call; `lengths` [B] are the valid ones of each row."""
         self.max_length += tokens
         self.ragged = self.ragged or lengths is not None
-        self.lengths = self.lengths + (tokens if lengths is None else lengths)
+        more = tokens if lengths is None else lengths
+        self.lengths = self.lengths.add_(more) if self.capacity else self.lengths + more
 
     def clone(self) -> BackboneCache:
         """Returns an independent copy."""
@@ -122,6 +131,34 @@ class BackboneCache:
                 layers.append(SequenceState(torch.cat([_stretch(s.rows, longest) for s in states])))
         ragged = any(part.ragged or part.max_length != longest for part in parts)
         return BackboneCache(layers, torch.cat([part.lengths for part in parts]), longest, ragged)
+
+    def reserve(self, capacity: int) -> BackboneCache:
+        """Returns a copy with room for `capacity` tokens in all, which is decoded in place, one token a step.
+
+        Raises:
+            ValueError: if a row may hold more already.
+        """
+        if capacity <= self.max_length:
+            raise ValueError(
+                f"The cache holds up to {self.max_length} tokens, and needs room for more than {capacity}."
+            )
+        layers: list[LayerState] = [
+            SequenceState(_stretch(s.rows, capacity)) if isinstance(s, SequenceState) else s.map(torch.clone)
+            for s in self.layers
+        ]
+        return BackboneCache(layers, self.lengths.clone(), self.max_length, self.ragged, capacity)
+
+    def fill(self, other: BackboneCache) -> None:
+        """Takes over what another cache of the model holds, in place; self has a capacity that is large enough."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name, tensor in mine.tensors().items():
+                given = theirs.tensors()[name]
+                if isinstance(mine, SequenceState):
+                    tensor[:, : other.max_length].copy_(given[:, : other.max_length])
+                else:
+                    tensor.copy_(given)
+        self.lengths.copy_(other.lengths)
+        self.max_length, self.ragged = other.max_length, other.ragged
 
     def trim(self, max_length: int) -> BackboneCache:
         """Returns a cache whose buffers end at `max_length` tokens, the most that any row still holds.
