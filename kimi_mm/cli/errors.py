@@ -37,7 +37,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("kimi_mm"):
         return (
             f"the Python package '{error.name}' is missing; install what training and data preparation need: "
-            "pip install 'kimi-mm[train,eval,synthesis]'."
+            "pip install 'kimi-mm[train,eval,synthesis,judges]'."
         )
     return f"internal error, {type(error).__name__}: {error} (KIMI_MM_DEBUG=1 shows the traceback)."
 

@@ -93,6 +93,66 @@ def vision(
 
 
 @app.command()
+def speech(
+    set: Annotated[
+        str,
+        typer.Option(
+            "--set", help="teacher, resynthesis, conversion, reading, teacher-answers, answers (with commas), or all."
+        ),
+    ] = "all",
+    data: Annotated[Path, typer.Option(metavar="DIR", help="What 'kimi-mm prepare' filled.")] = Path("data"),
+    model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
+    label: Annotated[str | None, typer.Option(help="What tables call the model; default: its name.")] = None,
+    device: Annotated[str, typer.Option(help="Of the model: cpu, cuda or cuda:N. Judges run on the CPU.")] = "cpu",
+    result: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first N sentences and dialogs.")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst utterances to show.")] = 3,
+    latency: Annotated[bool, typer.Option(help="Measure first sound, real-time factor and seams too.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Judge speech that a model makes: words, quality, voice, answers, and the time that it takes."""
+    from kimi_mm.evaluation.answers import SpokenDialogs, answer_all
+    from kimi_mm.evaluation.answers import score as score_answers
+    from kimi_mm.evaluation.judges import Judges
+    from kimi_mm.evaluation.speech import SETS, Voice, collect, make_all, maker, measure_stream, read_recordings, score
+
+    chosen = SETS if set == "all" else tuple(set.split(","))
+    for name in chosen:
+        if name not in SETS:
+            raise UsageError(f"--set {name}: unknown; choose some of {', '.join(SETS)}, or all.")
+    if result is not None:
+        check_writable(result)
+
+    import kimi_mm
+
+    engine = kimi_mm.load(model, device=device)
+    _ = engine.detokenizer  # says at once that a model has no voice
+    recordings = read_recordings(data)[:limit]
+    talks = SpokenDialogs(data, limit) if {"answers", "teacher-answers"} & {*chosen} else None
+    judges = Judges(data / "judges")
+    voice = Voice(judges, recordings)
+    stream = None
+    if latency:
+        with progress_bar("latency", quiet) as progress:
+            stream = measure_stream(engine, recordings, progress)
+    scores = []
+    for name in chosen:
+        if talks is not None and name in ("answers", "teacher-answers"):
+            with progress_bar(name, quiet) as progress:
+                reply = talks.teacher if name == "teacher-answers" else lambda dialog: talks.replies(engine, dialog)
+                scores.append(score_answers(name, answer_all(talks.dialogs, reply, judges, progress)))
+            continue
+        with progress_bar(f"{name}: speaking", quiet) as progress:
+            made = make_all(recordings, *maker(engine, name), progress)
+        with progress_bar(f"{name}: judging", quiet) as progress:
+            scores.append(score(name, made, judges, voice, progress))
+    evaluation = collect(label or engine.config.name, model, device, scores, stream)
+    if result is not None:
+        write_file(result, (json.dumps(evaluation, indent=1) + "\n").encode())
+    show_speech(evaluation, worst)
+
+
+@app.command()
 def card(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="From 'kimi-mm eval ... --json'.")],
     write: Annotated[
@@ -100,14 +160,13 @@ def card(
     ] = None,
 ) -> None:
     """Make the markdown table of a model card from evaluation results, all of one kind."""
-    from kimi_mm.evaluation import report, vision_report
-    from kimi_mm.evaluation.vision import KIND as VISION
+    from kimi_mm.evaluation import report, speech_report, vision_report
 
     begin, end = report.BEGIN, report.END
-    if report.read_result(results[0]).get("kind") == VISION:
-        begin, end = vision_report.BEGIN, vision_report.END
-        found = [vision_report.check_result(report.read_result(path), str(path)) for path in results]
-        table = vision_report.markdown_table(found)
+    kinds = {module.KIND: module for module in (speech_report, vision_report)}
+    if (module := kinds.get(report.read_result(results[0]).get("kind", ""))) is not None:
+        begin, end = module.BEGIN, module.END
+        table = module.markdown_table([module.check_result(report.read_result(path), str(path)) for path in results])
     else:
         table = report.markdown_table([report.load_result(path) for path in results])
     for path in write or []:
@@ -132,6 +191,22 @@ def show_vision(evaluation: dict[str, Any], worst: int) -> None:
         for item in row["worst"][:worst]:
             truth = ", ".join(item["truth"])
             print(f"{row['set']}/{item['picture']}: {item['question']} {item['said']!r}, not {truth!r}")
+
+
+def show_speech(evaluation: dict[str, Any], worst: int) -> None:
+    """Prints the scores as a table, then the worst utterances and some wrong answers."""
+    from rich.console import Console
+
+    from kimi_mm.evaluation.speech_report import conditions, terminal_table
+
+    Console().print(terminal_table(evaluation))
+    print(conditions(evaluation))
+    for row in evaluation["sets"]:
+        for item in row["worst"][:worst]:
+            if "turns" in row:
+                print(f"\n{row['set']}: {item['question']!r} {item['heard']!r}, not {item['expected']!r}")
+            else:
+                print(f"\n{row['set']} {item['key']}: {item['errors']} errors\n{item['alignment']}")
 
 
 def show(evaluation: dict[str, Any], worst: int) -> None:

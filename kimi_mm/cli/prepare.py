@@ -4,6 +4,7 @@ text    ─► DATA/texts.jsonl.gz           human ─► DATA/human/{adapt,test
 speech  ─► DATA/speech/shard-*           eval  ─► DATA/{test_sent,test_voice}/shard-*
 targets ─► DATA/targets/target-*         (24 kHz, for speech output)
 dialogs ─► DATA/dialogs/{train,test}/    (spoken questions and answers)
+eval-speech ─► DATA/eval-speech/target-* (held-out sentences, read out)    judges ─► DATA/judges/ (of speech)
 encoder ─► DATA/whisper_tiny_en_encoder.safetensors    unlabelled ─► DATA/unlabelled/shards/shard-*
 art     ─► DATA/art/{art,held-out}.zip   scenes ─► DATA/scenes/<set>/*.png (test sets of pictures)
 programs ─► DATA/programs/train.jsonl   (conversations in which programs look at pictures)
@@ -35,6 +36,8 @@ class DataKind(str, enum.Enum):
     speech = "speech"
     targets = "targets"
     dialogs = "dialogs"
+    eval_speech = "eval-speech"
+    judges = "judges"
     art = "art"
     scenes = "scenes"
     programs = "programs"
@@ -46,7 +49,8 @@ def prepare(
         DataKind,
         typer.Argument(
             help="text, human (recordings), encoder (pretrained), unlabelled (speech), eval (test sets), speech, "
-            "targets (of speech output), dialogs (questions and answers), "
+            "targets (of speech output), dialogs (questions and answers), eval-speech (sentences to read out), "
+            "judges (of speech), "
             "art (for pictures), scenes (test sets of pictures), programs (for zero-vision SFT), all."
         ),
     ],
@@ -80,10 +84,11 @@ def prepare(
     from kimi_mm.data.prepare import prepare as run
 
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
-    from_text = (DataKind.eval, DataKind.speech, DataKind.targets, DataKind.dialogs)
+    from_text = (DataKind.eval, DataKind.speech, DataKind.targets, DataKind.dialogs, DataKind.eval_speech)
     needs_text = kinds[0] in from_text and not (data / TEXTS).exists()
     needs_art = kinds[0] in (DataKind.scenes, DataKind.programs) and not (data / "art" / ART).exists()
-    own_folder = (*from_text[1:], DataKind.human, DataKind.unlabelled, DataKind.art, DataKind.scenes, DataKind.programs)
+    own_folder = (*from_text[1:], DataKind.judges, DataKind.human, DataKind.unlabelled, DataKind.art, DataKind.scenes)
+    own_folder += (DataKind.programs,)
     folders = {k: data / k.value for k in own_folder}
     first = [DataKind.text] if needs_text else [DataKind.art] if needs_art else []
     for step in [*first, *kinds]:

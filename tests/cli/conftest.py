@@ -9,10 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import kimi_mm
+from kimi_mm.checkpoint import save_checkpoint
 from kimi_mm.cli.demo import CLIPS, read_clips
 from kimi_mm.cli.main import run
+from kimi_mm.config import ModelConfig
+from kimi_mm.model import Model
+from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.recipe import recipes_root
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,16 @@ class Outcome:
 @pytest.fixture(scope="session")
 def nano():
     return kimi_mm.load("nano")
+
+
+@pytest.fixture(scope="session")
+def speaking(tmp_path_factory) -> str:
+    """A random model with a voice."""
+    folder = tmp_path_factory.mktemp("speaking")
+    torch.manual_seed(0)
+    model = Model(ModelConfig.from_yaml(recipes_root() / "models" / "debug-speech.yaml"))
+    save_checkpoint(folder, model, TextTokenizer.train(["a few words"] * 3, 300), weights="fp32")
+    return str(folder)
 
 
 @pytest.fixture

@@ -10,23 +10,6 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-import torch
-
-from kimi_mm.checkpoint import save_checkpoint
-from kimi_mm.config import ModelConfig
-from kimi_mm.model import Model
-from kimi_mm.text.tokenizer import TextTokenizer
-from kimi_mm.training.recipe import recipes_root
-
-
-@pytest.fixture(scope="module")
-def speaking(tmp_path_factory) -> str:
-    """A random model with a voice."""
-    folder = tmp_path_factory.mktemp("speaking")
-    torch.manual_seed(0)
-    model = Model(ModelConfig.from_yaml(recipes_root() / "models" / "debug-speech.yaml"))
-    save_checkpoint(folder, model, TextTokenizer.train(["a few words"] * 3, 300), weights="fp32")
-    return str(folder)
 
 
 def test_say_writes_whole_codes_and_follows_the_seed(kimi, speaking, tmp_path):
