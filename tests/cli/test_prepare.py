@@ -42,7 +42,7 @@ def test_all(kimi, tmp_path, calls):
     steps = ["text", "human", "shards", "encoder", "unlabelled", "eval", "speech"]
     steps += ["targets", "dialogs", "eval-speech", "judges", "art", "scenes", "programs"]
     assert [call[0] for call in calls] == steps
-    assert calls[-5] == ("targets", tmp_path / "targets", tmp_path / "texts.jsonl.gz")
+    assert calls[-7] == ("targets", tmp_path / "targets", tmp_path / "texts.jsonl.gz")
     assert calls[2] == ("shards", human / "adapt", human / "adapt-shards")
 
 
