@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from kimi_mm.text.sentences import speakable
 from kimi_mm.text.tokenizer import TextPieces, TextTokenizer
 from kimi_mm.types import Event, Segment, Transcript, WavePiece
 from kimi_mm.vision.processing import VisionItem
+
+if TYPE_CHECKING:
+    from kimi_mm.programs import Turn
 
 SAMPLE_RATE = 16_000
 QUESTION = "What is in the picture?"
@@ -209,6 +212,15 @@ class KimiMM:
         """
         sampling = TextSampling(temperature=temperature, max_tokens=max_tokens)
         return self._answer(self.question_inputs(self.look(images), question), sampling, generator)
+
+    def describe_by_programs(self, image: Any, question: str, **options: Any) -> Iterator[Turn]:
+        """Answers a question about one picture by programs that the model writes, turn by turn.
+
+        Arguments, turns and errors as for `kimi_mm.programs.answer_by_programs`.
+        """
+        from kimi_mm.programs import answer_by_programs
+
+        return answer_by_programs(self, image, question, **options)
 
     def reply(
         self, messages: Sequence[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0

@@ -1,4 +1,7 @@
-"""`kimi-mm describe`: pictures and clips and a question in, an answer out, and a picture of where it looked."""
+"""`kimi-mm describe`: pictures and clips and a question in, an answer out, and a picture of where it looked.
+
+With `--programs` the model writes programs over a picture, which are run; they and their results go to standard error.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,10 @@ def describe(
     explain: Annotated[
         Path | None, typer.Option("--explain", metavar="OUT.png", help="Draw the answer's attention over patches.")
     ] = None,
+    programs: Annotated[
+        bool,
+        typer.Option("--programs", help="Let the model answer by programs over the picture (crop, count, read...)."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object an answer.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
@@ -49,10 +56,20 @@ def describe(
             raise UsageError("--explain draws one answer; leave out --each or give one picture.")
         check_writable(explain)
 
+    if programs and (explain is not None or (len(images) > 1 and not each)):
+        raise UsageError("--programs answers about one picture, or --each, and without --explain.")
+    if programs and question is None:
+        raise UsageError("--programs needs a question.")
+
     import kimi_mm
     from kimi_mm.pipeline import QUESTION
 
     engine = kimi_mm.load(model, device=device)
+    if programs:
+        failed = for_each(images, lambda name: _by_programs(engine, name, str(question), max_tokens, as_json, each))
+        if failed:
+            raise typer.Exit(1)
+        return
     engine.look([])  # says at once that a model has no eyes
     asked = QUESTION if question is None else question
     found: dict[str, list[VisionItem]] = {}
@@ -113,6 +130,22 @@ def _answer(
         print(json.dumps(row, ensure_ascii=False), end="")
     print(flush=True)
     return text
+
+
+def _by_programs(engine: KimiMM, name: str, question: str, max_tokens: int, as_json: bool, label: bool) -> None:
+    """Prints the answer about one picture, and before it, on standard error, the programs and what they gave."""
+    turns = []
+    for turn in engine.describe_by_programs(name, question, max_tokens=max_tokens):
+        turns.append({"kind": turn.kind, "text": turn.text})
+        if turn.kind != "answer" and not as_json:
+            for line in turn.text.splitlines():
+                print(f"{turn.kind}: {line}", file=sys.stderr, flush=True)
+    answer = turns.pop()["text"]
+    if as_json:
+        row = {"files": [name], "model": engine.config.name, "question": question, "text": answer, "programs": turns}
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+    else:
+        print(f"{name}: {answer}" if label else answer, flush=True)
 
 
 def _explain(engine: KimiMM, items: list[VisionItem], question: str, answer: str, path: Path) -> None:

@@ -64,11 +64,20 @@ def vision(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N pictures of each set.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="How many wrong answers of each set to show.")] = 3,
     latency: Annotated[bool, typer.Option(help="Measure the time to the first word too.")] = True,
+    programs: Annotated[bool, typer.Option("--programs", help="Answer by programs over the picture.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Measure answers about pictures: naming, counting, colours, relations, reading, digits, and the time they take."""
     from kimi_mm.data.scene_sets import SETS
-    from kimi_mm.evaluation.vision import Judge, answer_all, collect, first_word_latency, read_sets, score
+    from kimi_mm.evaluation.vision import (
+        Judge,
+        answer_all,
+        by_programs,
+        collect,
+        first_word_latency,
+        read_sets,
+        score,
+    )
 
     if set != "all" and set not in SETS:
         raise UsageError(f"--set {set}: unknown; choose one of {', '.join(SETS)}, all.")
@@ -79,14 +88,20 @@ def vision(
     import kimi_mm
 
     engine = kimi_mm.load(model, device=device)
-    engine.look([])  # says at once that a model has no eyes
-    first_word = first_word_latency(lambda picture: engine.describe_stream(picture)) if latency else None
+    if not programs:
+        engine.look([])  # says at once that a model has no eyes
+    first_word = first_word_latency(engine.describe_stream) if latency and not programs else None
+    name_of_it = label or (f"{engine.config.name}, by programs" if programs else engine.config.name)
+
+    def ask(path: Path, text: str) -> str:
+        return by_programs(engine, path, text) if programs else engine.describe(path, text, max_tokens=48)
+
     scores = []
     for name, examples in chosen.items():
         with progress_bar(name, quiet) as progress:
-            answers = answer_all(lambda path, text: engine.describe(path, text, max_tokens=48), examples, progress)
+            answers = answer_all(ask, examples, progress)
         scores.append(score(name, answers, Judge(), worst=max(worst, 10)))
-    evaluation = collect(label or engine.config.name, model, device, scores, first_word)
+    evaluation = collect(name_of_it, model, device, scores, first_word)
     if result is not None:
         write_file(result, (json.dumps(evaluation, indent=1) + "\n").encode())
     show_vision(evaluation, worst)

@@ -8,13 +8,14 @@ number word, colour, side, or yes or no. Reading is scored by characters, whatev
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,10 @@ from kimi_mm.errors import UserError
 from kimi_mm.evaluation.asr import peak_memory_mib
 from kimi_mm.evaluation.wer import Edits, count_edits
 
+if TYPE_CHECKING:
+    from kimi_mm.pipeline import KimiMM
+
+log = logging.getLogger(__name__)
 KIND = "kimi_mm.vision"
 VERSION = 1
 LATENCY_SIZE = 512
@@ -98,6 +103,17 @@ def answer_all(
         if progress is not None:
             progress(number / len(examples))
     return results
+
+
+def by_programs(engine: KimiMM, picture: Path, question: str) -> str:
+    """Answers a question by programs that the model writes; "" where it comes to no answer."""
+    turns = []
+    try:
+        turns.extend(engine.describe_by_programs(picture, question, max_tokens=96))
+    except UserError as error:
+        log.info("%s: %s", picture, error)
+        return ""
+    return turns[-1].text
 
 
 def score(name: str, results: Sequence[Answered], judge: Judge, worst: int = 10) -> dict[str, Any]:

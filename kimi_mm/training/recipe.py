@@ -281,7 +281,9 @@ def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads "1e-4" as text; people mean a number."""
+    """YAML 1.1 reads "1e-4" as text; people mean a number, also inside of {lr: 1e-4}."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
     if isinstance(value, str):
         try:
             return float(value)

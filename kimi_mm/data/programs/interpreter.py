@@ -1,4 +1,4 @@
-"""Runs programs over a picture: bounded in steps, memory and output, with nothing in reach but the picture.
+"""Runs programs over a picture: bounded in steps, time, memory and output, with nothing in reach but the picture.
 
     crop(p, left, top, right, bottom)   zoom(p, factor)   find(p, "ball")     a part of p
     count(p, "ball")   width(p)   height(p)   share(p, "red")                 a number
@@ -8,12 +8,14 @@
     print(x)   answer(x)                                                      output, and the end
 
 Coordinates are pixels of the part that is given, from its top left. A part is a frame and a factor, never a copy of
-pixels, so that memory does not grow; what is in it is told by a `Seer`: the truth of a scene, or the pixels themselves.
+pixels, so that memory does not grow; what is in it is told by a `Seer`: the truth of a scene, the pixels themselves, or
+a model that looks at them.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,17 +83,18 @@ class _Answered(Exception):
     """Ends a program."""
 
 
-def run(source: str, seer: Seer) -> Result:
+def run(source: str, seer: Seer, seconds: float = math.inf) -> Result:
     """Runs a program; the whole picture is its variable `image`.
 
     Args:
         source: its text.
         seer: the picture.
+        seconds: after which no further operation begins.
 
     Raises:
         ProgramError: it cannot be read, does what is not possible, or exceeds a bound; names the line.
     """
-    machine = _Machine(seer)
+    machine = _Machine(seer, seconds)
     for line in parse(source):
         machine.line = line.number
         try:
@@ -108,9 +111,10 @@ def run(source: str, seer: Seer) -> Result:
 class _Machine:
     """Variables, and what has been spent."""
 
-    def __init__(self, seer: Seer) -> None:
+    def __init__(self, seer: Seer, seconds: float = math.inf) -> None:
         height, width = seer.size
-        self.seer = seer
+        self.seer, self.seconds = seer, seconds
+        self.deadline = time.monotonic() + seconds
         self.variables: dict[str, Value] = {"image": Part((0.0, 0.0, float(width), float(height)))}
         self.output: list[str] = []
         self.answer = ""
@@ -123,6 +127,8 @@ class _Machine:
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise self.error(f"the program takes more than {MAX_STEPS} steps")
+        if time.monotonic() > self.deadline:
+            raise self.error(f"the program takes longer than {self.seconds:g} s")
         if isinstance(node, (Number, String)):
             return node.value
         if isinstance(node, Name):

@@ -51,7 +51,7 @@ class PixelSeer:
         if self.reader is None:
             raise ProgramError("read: nothing here can read; crop, count, color and share work on pixels.")
         left, top, right, bottom = (round(edge) for edge in box)
-        return self.reader(self.image[top:bottom, left:right])
+        return self.reader(self.image[top : max(bottom, top + 1), left : max(right, left + 1)])
 
     def _cut(self, box: Box) -> np.ndarray:
         left, top, right, bottom = (int(edge // self.step) for edge in box)
