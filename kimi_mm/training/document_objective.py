@@ -24,7 +24,7 @@ from kimi_mm.training.recipe import Recipe
 
 Losses = dict[str, torch.Tensor]
 # Parts that a micro-batch without pictures, without codes to learn, or without recordings does not reach.
-OPTIONAL = ("vision", "speech", "features")
+OPTIONAL = ("vision", "speech", "features", "adaptor")
 
 
 class DocumentObjective(nn.Module):
@@ -75,6 +75,7 @@ class DocumentObjective(nn.Module):
             total = total + self.speech_weight * losses["speech"]
         reached = {"vision": batch.inputs.vision_at is not None, "speech": len(batch.audio_labels) > 0}
         reached["features"] = batch.inputs.clip_waves is not None
+        reached["adaptor"] = reached["features"] or batch.inputs.features is not None
         self.reached |= {name for name in OPTIONAL if reached[name]}
         for name in OPTIONAL if self.everywhere else ():
             if not reached[name]:
@@ -88,6 +89,7 @@ class DocumentObjective(nn.Module):
             "vision": [self.vision],
             "speech": [backbone.audio, backbone.audio_head],
             "features": [self.features],
+            "adaptor": [backbone.adaptor],
         }
         return {
             name: [p for module in modules[name] if module is not None for p in module.parameters() if p.requires_grad]
