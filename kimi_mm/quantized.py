@@ -3,7 +3,10 @@
     int8   weight [R, C] = values int8 [R, C] * scale [R]                          one scale a row
     int4   weight [R, C] = values [R, C] in int32 [R, C / 8] * scale [R, C / 32]   K2.5's: value + 8, low bits first
 
-Never more than `SLICE` values are expanded at once, so that a model needs little more memory than its weights.
+Never more than `SLICE` values are rounded or expanded at once, so that a model needs little more memory than its
+weights. A few rows at a time, as in decoding, are multiplied on a CPU by torch's own kernel for int8 weights, which
+reads them as they are; measured on two CPU cores, 68 M weights in bf16: 1 row 22 ms beside 564 ms, 32 rows 164 ms
+beside 656 ms, 256 rows 1246 ms beside 888 ms.
 
 Shapes: R rows (output channels), C columns, E experts, N tokens, D hidden, I expert width, k experts per token.
 """
@@ -19,6 +22,7 @@ from kimi_mm.errors import UserError
 BITS = ("int8", "int4")
 GROUP = 32
 SLICE = 8 * 2**20
+FEW_ROWS = 64  # up to so many the CPU's kernel is faster than expanding
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -50,16 +54,29 @@ def quantize(weight: Tensor, bits: str) -> tuple[Tensor, Tensor]:
     """
     if bits not in BITS:
         raise UserError(f"weights='{bits}' must be one of {', '.join(BITS)}.")
-    exact = weight.float()
+    columns = weight.shape[-1]
+    if bits == "int4" and columns % GROUP:
+        raise UserError(f"int4 needs columns in groups of {GROUP}, got {columns}.")
+    rows = weight.flatten(0, -2)
     if bits == "int8":
-        scale = (exact.abs().amax(-1) / 127).clamp_min(1e-8).to(weight.dtype)
-        return (exact / scale.float()[..., None]).round_().clamp_(-127, 127).to(torch.int8), scale
-    if weight.shape[-1] % GROUP:
-        raise UserError(f"int4 needs columns in groups of {GROUP}, got {weight.shape[-1]}.")
-    grouped = exact.unflatten(-1, (-1, GROUP))
-    scale = (grouped.abs().amax(-1) / 7).clamp_min(1e-8).to(weight.dtype)
-    values = (grouped / scale.float()[..., None]).round_().clamp_(-8, 7).flatten(-2)
-    return pack_int4(values), scale
+        values, scale = rows.new_empty(rows.shape, dtype=torch.int8), rows.new_empty(len(rows))
+    else:
+        values = rows.new_empty(len(rows), columns // 8, dtype=torch.int32)
+        scale = rows.new_empty(len(rows), columns // GROUP)
+    step = max(1, SLICE // columns)
+    for at in range(0, len(rows), step):
+        part = slice(at, at + step)
+        exact = rows[part].float()
+        if bits == "int8":
+            scale[part] = (exact.abs().amax(-1) / 127).clamp_min(1e-8).to(weight.dtype)
+            values[part] = (exact / scale[part].float()[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+        else:
+            grouped = exact.unflatten(-1, (-1, GROUP))
+            scale[part] = (grouped.abs().amax(-1) / 7).clamp_min(1e-8).to(weight.dtype)
+            whole = (grouped / scale[part].float()[..., None]).round_().clamp_(-8, 7)
+            values[part] = pack_int4(whole.flatten(-2))
+    lead = weight.shape[:-1]
+    return values.view(*lead, -1), scale.view(lead if bits == "int8" else (*lead, -1))
 
 
 def expand(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,6 +113,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """[..., C] -> [..., R], or the first `size` of them."""
         rows = self.out_features if size is None else size
+        if self._as_they_are(x):
+            flat = x.reshape(-1, self.in_features)
+            out = torch._weight_int8pack_mm(flat, self.values[:rows], self.scale[:rows].to(x.dtype))
+            out = out.view(*x.shape[:-1], rows)
+            return out if self.bias is None else out + self.bias[:rows].to(out.dtype)
         step = max(1, SLICE // self.in_features)
         parts = []
         for at in range(0, rows, step):
@@ -103,6 +125,12 @@ class QuantizedLinear(nn.Module):
             parts.append(F.linear(x, expand(self.values[at:end], self.scale[at:end], x.dtype)))
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return out if self.bias is None else out + self.bias[:rows].to(out.dtype)
+
+    def _as_they_are(self, x: Tensor) -> bool:
+        """Whether the CPU's kernel multiplies x by the int8 weights without expanding them."""
+        few = x.numel() // self.in_features <= FEW_ROWS
+        narrow = x.dtype in (torch.bfloat16, torch.float16)
+        return few and narrow and x.device.type == "cpu" and self.values.dtype == torch.int8
 
 
 class QuantizedExperts(nn.Module):

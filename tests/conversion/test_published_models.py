@@ -15,9 +15,9 @@ from kimi_mm.conversion.presets import K2_VOCAB, KIMI_AUDIO_VOCAB
 from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.generation import TextSampling, stream_text
 from kimi_mm.generation_speech import SpeechSampling, TwoStreams
-from kimi_mm.processing import ModelInputs
+from kimi_mm.processing import AudioClip, ModelInputs
 from kimi_mm.processing_published import K2Processor, KimiAudioProcessor
-from kimi_mm.quantized import expand, pack_int4, quantize, unpack_int4
+from kimi_mm.quantized import QuantizedLinear, expand, pack_int4, quantize, unpack_int4
 from kimi_mm.text.tiktoken import TiktokenTokenizer, read_ranks
 from tests.conversion.tiny import KIMI_K25, KIMI_LINEAR, kimi_audio, text_model, write_vocabulary
 
@@ -142,7 +142,7 @@ def test_kimi_audio_answers_in_text_and_speech(folders):
     heard = engine.tokenizer.encode(wave)
     part = {"type": "audio", "num_codes": len(heard.codes)}
     streams = engine.processor.streams([{"role": "user", "content": [part]}], output="speech")
-    inputs = engine.processor.collate([streams], [[heard]])
+    inputs = engine.processor.collate([streams], [[AudioClip(heard.codes, heard.features)]])
     sampling = SpeechSampling(max_audio_codes=9, min_audio_codes=9, max_text_tokens=4)
     (result,) = TwoStreams(engine.model, inputs, sampling=sampling).run()
     assert len(result.codes) == 9
@@ -258,3 +258,29 @@ def test_conversion_needs_little_memory(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < 32 * 2**20
+
+
+@pytest.mark.parametrize("rows", [1, 7, 80])
+def test_few_rows_in_bf16_are_what_expanded_weights_give(rows):
+    """Of int8 weights, by the CPU's own kernel, by slices of the matrix, and by its first rows alone."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 64), torch.randn(96)
+    layer = QuantizedLinear(*quantize(weight.bfloat16(), "int8"), bias)
+    x = torch.randn(2, rows, 64).bfloat16()
+    exact = expand(layer.values, layer.scale, torch.float64)
+    want = x.double() @ exact.T + bias
+    for size in (None, 40):
+        got = layer(x, size).double()
+        assert got.shape == (2, rows, size or 96)
+        error = (got - want[..., :size]).norm() / want[..., :size].norm()
+        assert error < 0.01
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_rounding_by_slices_is_rounding_at_once(bits, monkeypatch):
+    weight = torch.randn(3, 50, 64)
+    whole = quantize(weight, bits)
+    monkeypatch.setattr("kimi_mm.quantized.SLICE", 7 * 64)
+    parts = quantize(weight, bits)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert (expand(*whole, torch.float32) - weight).abs().max() < (0.05 if bits == "int8" else 0.5)
