@@ -16,7 +16,9 @@ from kimi_mm.serving import chat, page, problems, speech, transcriptions
 from kimi_mm.serving.described import REFUSALS, Health, LoadedModel, ModelList, answers, texts
 from kimi_mm.serving.guard import Guard
 from kimi_mm.serving.metrics import Timed
+from kimi_mm.serving.realtime import route as realtime
 from kimi_mm.serving.service import Service
+from kimi_mm.serving.speaking import speaks
 
 
 def create_app(service: Service, api_key: str | None = None) -> FastAPI:
@@ -40,6 +42,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     needed = [] if api_key is None else [Security(HTTPBearer(auto_error=False, description="The server's API key."))]
     for routes in (_facts, chat.routes, speech.routes, transcriptions.routes, page.routes):
         app.include_router(routes(service), dependencies=needed)
+    app.include_router(realtime.routes(service))
     # The one added last stands outermost.
     app.add_middleware(Guard, config=service.config, api_key=api_key, open_paths=("/health", *page.assets()))
     if service.config.allow_origins:
@@ -110,5 +113,5 @@ def _model(service: Service) -> dict:
         "owned_by": "kimi_mm",
         "hears": True,
         "sees": config.vision is not None,
-        "speaks": config.detokenizer is not None and config.backbone.audio_head,
+        "speaks": speaks(service.model),
     }

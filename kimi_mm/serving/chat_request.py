@@ -218,6 +218,11 @@ async def read_prompt(service: Service, messages: list[Message], output: str = "
         }
         for message in messages
     ]
+    return await read_turns(service, turns, output, limit)
+
+
+async def read_turns(service: Service, turns: list[dict[str, Any]], output: str, limit: int) -> Prompt:
+    """Lays out turns whose recordings have been tokenized; arguments and errors else as of `read_prompt`."""
     # Nothing is left that needs the model itself, so this runs beside it; pictures are decoded here.
     prompt = Prompt(*await anyio.to_thread.run_sync(service.model.read, turns, output))
     if len(prompt) > limit:

@@ -21,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kimi_mm.serving.problems import ApiError, response_of
 from kimi_mm.serving.settings import ServeConfig
 
+KEY_PROTOCOL = "openai-insecure-api-key."
+
 
 class Guard:
     """ASGI middleware with the checks above.
@@ -107,6 +109,10 @@ class Guard:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = ""
+        if not given and scope["type"] == "websocket":
+            # Browsers cannot set headers of a WebSocket; OpenAI's pages offer the key among the subprotocols.
+            keys = [name[len(KEY_PROTOCOL) :] for name in scope["subprotocols"] if name.startswith(KEY_PROTOCOL)]
+            given = keys[0] if keys else ""
         if not given:
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
         if not hmac.compare_digest(given.strip().encode(), self.api_key.encode()):
@@ -114,10 +120,6 @@ class Guard:
 
     @staticmethod
     async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            # Before it is accepted, a close is the HTTP answer 403.
-            await send({"type": "websocket.close", "code": 1008, "reason": str(error)})
-            return
         response = response_of(error)
         # What is left of the body shall not be read as the next request.
         response.headers["Connection"] = "close"

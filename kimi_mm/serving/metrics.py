@@ -28,6 +28,16 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.sessions = Gauge("kimi_mm_sessions", "Open sessions of /v1/realtime", registry=self.registry)
+        self.turn = Histogram(
+            "kimi_mm_turn_first_seconds",
+            "From the end of a turn of a session to the first piece of its answer: of sound, or of text alone",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.interrupted = Counter(
+            "kimi_mm_interrupted", "Answers of sessions that were interrupted", registry=self.registry
+        )
         self.audio = Counter("kimi_mm_audio_seconds", "Seconds of sound taken in", registry=self.registry)
         for name, text, read in (
             ("kimi_mm_rows_running", "Rows and voices at work", lambda: engine.running),

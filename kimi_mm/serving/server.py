@@ -26,20 +26,17 @@ def serve(config: ServeConfig, api_key: str | None = None) -> None:
 
     import kimi_mm
     from kimi_mm.serving.app import create_app
-    from kimi_mm.serving.connections import Connection, GatedServer
+    from kimi_mm.serving.connections import Connection, GatedServer, WebSocketConnection
     from kimi_mm.serving.service import Service
 
     service = Service.of(kimi_mm.load(config.model, config.device), config)
+    patience = {"read_seconds": config.read_seconds}
     settings = uvicorn.Config(
         create_app(service, api_key),
-        http=type(
-            "BoundConnection",
-            (Connection,),
-            {"header_seconds": config.header_seconds, "read_seconds": config.read_seconds},
-        ),
-        ws="websockets-sansio",
+        http=type("BoundConnection", (Connection,), {"header_seconds": config.header_seconds, **patience}),
+        ws=type("BoundWebSocket", (WebSocketConnection,), patience),
         ws_max_size=2**20,
-        ws_max_queue=16,
+        ws_per_message_deflate=False,  # sound hardly shrinks
         log_level="warning",
         server_header=False,
         proxy_headers=False,

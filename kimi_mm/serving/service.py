@@ -34,6 +34,7 @@ class Service:
     metrics: Metrics
     answers: Answers
     spoken: SpokenStore = field(default_factory=SpokenStore)
+    sessions: int = 0  # of /v1/realtime
     started: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod

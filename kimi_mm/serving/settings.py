@@ -30,6 +30,7 @@ class ServeConfig(Config):
     max_rows: int = 16  # that decode together
     cache_mib: int = 1024  # for their caches
     max_connections: int = 512
+    max_sessions: int = 8  # of /v1/realtime
     # How long.
     header_seconds: float = 10.0  # for the request line and headers
     body_seconds: float = 20.0  # between two pieces of a body
@@ -37,6 +38,9 @@ class ServeConfig(Config):
     read_seconds: float = 60.0  # for a client to take some of what is sent
     request_seconds: float = 300.0  # from the whole body to the end of the answer
     shutdown_seconds: int = 20
+    session_seconds: float = 3600.0  # for a session of /v1/realtime
+    silent_seconds: float = 300.0  # between two events of its client
+    turn_seconds: float = 120.0  # for what is said in one go
 
     def __post_init__(self) -> None:
         positive(self.replace(port=1) if self.port == 0 else self)  # port 0 takes a free one

@@ -15,13 +15,18 @@ import torch
 from kimi_mm.errors import UserError
 from kimi_mm.generation_speech import Reply, SpeechSampling
 from kimi_mm.pipeline import KimiMM
-from kimi_mm.serving.batch import Prompt, SpokenRow
+from kimi_mm.serving.batch import Prompt, Row, SpokenRow
 from kimi_mm.serving.engine import Engine
 from kimi_mm.serving.voices import Voice
 from kimi_mm.speech import open_voice, within
 from kimi_mm.text.sentences import speakable
 from kimi_mm.text.tokenizer import TextPieces
 from kimi_mm.types import CodePiece, TextPiece, WavePiece
+
+
+def speaks(model: KimiMM) -> bool:
+    """Tells whether a model has a voice."""
+    return model.config.detokenizer is not None and model.config.backbone.audio_head
 
 
 def check_voice(model: KimiMM) -> int:
@@ -59,6 +64,15 @@ async def answer(engine: Engine, row: SpokenRow) -> AsyncGenerator[TextPiece | C
             if isinstance(item, CodePiece | WavePiece):
                 yield item
             elif text := pieces.push(item):
+                yield TextPiece(text)
+
+
+async def written(engine: Engine, row: Row) -> AsyncGenerator[TextPiece, None]:
+    """Runs a row that is answered in text, and yields whole characters as they come."""
+    pieces = TextPieces(engine.model.processor.tokenizer)
+    async with engine.text(row) as ids:
+        async for token in ids:
+            if text := pieces.push(token):
                 yield TextPiece(text)
 
 

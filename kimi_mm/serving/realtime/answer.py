@@ -1,0 +1,221 @@
+"""One answer of a session, from response.created to response.done, however it ends.
+
+items ─► turns ─► Prompt ─► row of the running batch ─► text deltas │ audio and transcript deltas
+                                                         ▲
+cancel(reason) ── the row is dropped before its next step; sound that waits to be sent is taken back
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import torch
+
+from kimi_mm.generation import TextSampling
+from kimi_mm.generation_speech import SpeechSampling
+from kimi_mm.serving.batch import Row
+from kimi_mm.serving.chat_request import read_turns
+from kimi_mm.serving.problems import ApiError
+from kimi_mm.serving.realtime import wire
+from kimi_mm.serving.realtime.conversation import Item, Part
+from kimi_mm.serving.sounds import pcm16
+from kimi_mm.serving.speaking import answer, spoken_row, written
+from kimi_mm.types import CodePiece, TextPiece, WavePiece
+
+if TYPE_CHECKING:
+    from kimi_mm.serving.realtime.session import Session
+
+MOST_TEXT = 512  # text ids of an answer whose budget is "inf"
+
+
+class Answer:
+    """An answer on its way; it starts at once.
+
+    Args:
+        session: whose conversation is answered.
+        asked: what this answer has of its own.
+    """
+
+    def __init__(self, session: Session, asked: wire.Asked) -> None:
+        self.session, self.asked, self.id = session, asked, wire.new_id("resp")
+        self.in_conversation = asked.conversation == "auto"
+        self.modalities = asked.output_modalities or session.settings.output_modalities
+        self.aloud = "audio" in self.modalities
+        self.part = Part("output_audio" if self.aloud else "output_text")
+        self.item = Item(wire.new_id("item"), "assistant", [self.part], "in_progress")
+        self.row: Row | None = None
+        self._reason: str | None = None  # why it was cancelled
+        self._announced = self._heard = False
+        self._prompt = 0  # positions
+        self._begun = time.monotonic()
+        self._send("response.created", response=self._wire("in_progress", None, []))
+        self.task = asyncio.ensure_future(self._run())
+
+    async def cancel(self, reason: str) -> None:
+        """Stops it and waits until its end has been told."""
+        self._reason = reason
+        self.session.service.metrics.interrupted.inc()
+        self.session.outbox.unsay(self.id)
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+    async def _run(self) -> None:
+        status, details = "completed", {"type": "completed"}
+        try:
+            with anyio.fail_after(self.session.service.config.request_seconds):
+                async with self.session.service.gate.enter(), aclosing(self._events()) as events:
+                    async for event in events:
+                        self._take(event)
+            if self.row is not None and self.row.stop_reason != "eos":
+                status, details = "incomplete", {"type": "incomplete", "reason": "max_output_tokens"}
+        except asyncio.CancelledError:
+            if self._reason is None:
+                raise  # the session ends, and nobody is left to be told
+            status, details = "cancelled", {"type": "cancelled", "reason": self._reason}
+        except Exception as error:
+            told = self.session.error_of(error)
+            status, details = (
+                "failed",
+                {"type": "failed", "error": {key: told[key] for key in ("type", "code", "message")}},
+            )
+        self._end(status, details)
+
+    async def _events(self) -> AsyncGenerator[TextPiece | CodePiece | WavePiece, None]:
+        service = self.session.service
+        given = self.asked.max_output_tokens or self.session.settings.max_output_tokens
+        if self.aloud:
+            default = SpeechSampling()
+            text, codes = (default.max_text_tokens, default.max_audio_codes) if given == "inf" else (given, given)
+            prompt = await self._read("speech", max(text, codes))
+            sampling = SpeechSampling(max_text_tokens=text, max_audio_codes=min(codes, default.max_audio_codes))
+            row = spoken_row(service.model, prompt, sampling, torch.Generator().manual_seed(0))
+            stream = answer(service.engine, row)
+        else:
+            text = MOST_TEXT if given == "inf" else given
+            prompt = await self._read("text", text)
+            row = Row(prompt, TextSampling(max_tokens=text))
+            stream = written(service.engine, row)
+        self.row, self._prompt = row, len(prompt)
+        async with aclosing(stream) as events:
+            async for event in events:
+                yield event
+
+    async def _read(self, output: str, budget: int) -> Any:
+        """Reads the conversation; what no longer fits is left out, oldest first.
+
+        Raises:
+            ApiError: it does not fit, or there is nothing to answer.
+        """
+        session, limit = self.session, self.session.service.config.max_prompt
+        items = self._items()
+        told = self.asked.instructions if self.asked.instructions is not None else session.settings.instructions
+        system = [{"role": "system", "content": told}] if told.strip() else []
+        turns = [turn for item in items if (turn := await item.turn()) is not None]
+        if not turns:
+            raise ApiError(400, "there is nothing to answer: the conversation is empty.")
+        while True:
+            try:
+                return await read_turns(session.service, [*system, *turns], output, limit - min(budget, limit // 2))
+            except ApiError as error:
+                if error.code != "context_length_exceeded" or session.settings.truncation == "disabled":
+                    raise
+                if len(turns) == 1:
+                    raise
+                turns = turns[(len(turns) + 3) // 4 :]
+
+    def _items(self) -> list[Item]:
+        if self.asked.input is None:
+            return list(self.session.conversation.items)
+        items = []
+        for value in self.asked.input:
+            if value.get("type") == "item_reference":
+                items.append(self.session.conversation.get(str(value.get("id")), "response.input"))
+            else:
+                items.append(self.session.item_of(wire.read(wire.MESSAGE, value, "response.input")))
+        return items
+
+    # ---- what the client is told -------------------------------------------------------------------------------
+
+    def _take(self, event: TextPiece | CodePiece | WavePiece) -> None:
+        self._announce()
+        if not self._heard and isinstance(event, WavePiece if self.aloud else TextPiece):
+            self._heard = True
+            self.session.service.metrics.turn.observe(time.monotonic() - self._begun)
+        if isinstance(event, TextPiece):
+            self.part.text += event.text
+            kind = "output_audio_transcript" if self.aloud else "output_text"
+            self._send(f"response.{kind}.delta", **self._place(), delta=event.text)
+        elif isinstance(event, WavePiece):
+            sound = base64.b64encode(pcm16(event.wave)).decode()
+            self._send("response.output_audio.delta", **self._place(), delta=sound)
+        else:
+            self.part.codes.extend(event.codes)
+
+    def _announce(self) -> None:
+        """Makes the item known, once."""
+        if self._announced:
+            return
+        self._announced = True
+        before = self.session.conversation.add(self.item) if self.in_conversation else None
+        told = {**self.item.wire(), "content": []}
+        self._send("response.output_item.added", response_id=self.id, output_index=0, item=told)
+        if self.in_conversation:
+            self._send("conversation.item.added", item=told, previous_item_id=before)
+        self._send("response.content_part.added", **self._place(), part=self._part())
+
+    def _end(self, status: str, details: dict[str, Any]) -> None:
+        if status == "completed":
+            self._announce()
+        if self._announced:
+            self.item.status = "completed" if status == "completed" else "incomplete"
+            if self.aloud:
+                self._send("response.output_audio.done", **self._place())
+                self._send("response.output_audio_transcript.done", **self._place(), transcript=self.part.text)
+            else:
+                self._send("response.output_text.done", **self._place(), text=self.part.text)
+            self._send("response.content_part.done", **self._place(), part=self._part())
+            self._send("response.output_item.done", response_id=self.id, output_index=0, item=self.item.wire())
+            if self.in_conversation:
+                self._send("conversation.item.done", item=self.item.wire(), previous_item_id=None)
+        output = [self.item.wire()] if self._announced else []
+        self._send("response.done", response=self._wire(status, details, output))
+
+    def _part(self) -> dict[str, Any]:
+        if self.aloud:
+            return {"type": "audio", "transcript": self.part.text}
+        return {"type": "text", "text": self.part.text}
+
+    def _place(self) -> dict[str, Any]:
+        return {"response_id": self.id, "item_id": self.item.id, "output_index": 0, "content_index": 0}
+
+    def _wire(self, status: str, details: dict[str, Any] | None, output: list[dict[str, Any]]) -> dict[str, Any]:
+        session = self.session
+        text, codes = (0 if self.row is None else len(self.row.ids)), len(self.part.codes)
+        usage = {
+            "total_tokens": self._prompt + text + codes,
+            "input_tokens": self._prompt,
+            "output_tokens": text + codes,
+            "output_token_details": {"text_tokens": text, "audio_tokens": codes},
+        }
+        return {
+            "id": self.id,
+            "object": "realtime.response",
+            "status": status,
+            "status_details": details,
+            "output": output,
+            "conversation_id": session.conversation_id if self.in_conversation else None,
+            "output_modalities": self.modalities,
+            "max_output_tokens": self.asked.max_output_tokens or session.settings.max_output_tokens,
+            "audio": {"output": session.settings.audio.output.model_dump(include={"format", "voice"})},
+            "metadata": self.asked.metadata,
+            "usage": None if status == "in_progress" else usage,
+        }
+
+    def _send(self, kind: str, **values: Any) -> None:
+        self.session.send(kind, **values)
