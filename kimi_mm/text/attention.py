@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from kimi_mm.text.cache import BackboneCache
 from kimi_mm.text.context import Context, ContextStep, document_step
@@ -134,6 +133,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
     causal = step.mask is None and S == T
     mask = step.mask
     if step.context is not None and mask is None and S > T:
+        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler: seconds that only this needs
+
         mask, causal = causal_lower_right(T, S), False  # the queries are the last T of S positions
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
 

@@ -28,6 +28,17 @@ def test_start_imports_nothing_heavy(arguments):
     assert done.returncode == 0, done.stderr
 
 
+def test_models_are_loaded_without_torchs_compiler():
+    script = (
+        "import sys\n"
+        "import kimi_mm.pipeline\n"
+        "import kimi_mm.serving.app\n"
+        "assert 'torch._dynamo' not in sys.modules\n"  # two seconds of every command
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_names_every_command():
     done = subprocess.run([sys.executable, "-m", "kimi_mm", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
