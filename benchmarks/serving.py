@@ -1,7 +1,9 @@
 """How fast `kimi-mm serve` answers on this machine: `python -m benchmarks.serving`.
 
 Starts a server of its own on loopback and prints the time until it is ready, the latency of transcribing 10 s of the
-shipped real recordings over HTTP, and how many times as many chats it answers when eight ask at once.
+shipped real recordings over HTTP, how many times as many chats it answers when eight ask at once, and what 200 cut
+streams leave behind. `--minutes 30` adds a mixed load: errors, answers that differ from those a lone asker gets, and
+growth of memory after warm-up.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import openai
+
+from benchmarks.serving_load import Load, disconnects, mixed_load
 
 ASKERS = 8
 
@@ -28,13 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--minutes", type=float, default=0.0, metavar="M", help="of mixed load")
     parser.add_argument("--debug", action="store_true", help="a short clip, few rounds: shows that it works")
     given = parser.parse_args(arguments)
-    import openai
 
-    seconds, rounds, tokens = (2, 2, 4) if given.debug else (10, 50, 48)
+    seconds, rounds, tokens, cuts = (2, 2, 4, 8) if given.debug else (10, 50, 48, 200)
     clip = recording(seconds)
-    with server(given.model) as (url, ready):
+    with server(given.model) as (url, ready, pid):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         name = client.models.list().data[0].id
 
@@ -56,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         took = [hear() for _ in range(rounds)]
         chat(0)
         rates = {askers: _rate(chat, askers, ASKERS * (1 if given.debug else 4)) for askers in (1, ASKERS)}
+        freed, held = disconnects(url, clip, cuts)
+        load = mixed_load(url, pid, clips(2 if given.debug else 8), 60 * given.minutes) if given.minutes else None
     p50, p90, p99 = np.percentile(took, (50, 90, 99))
     print(f"{platform.machine()}, {os.cpu_count()} cores, model {name}")
     for label, value in [
@@ -64,8 +71,31 @@ def main(arguments: list[str] | None = None) -> None:
         ("chats a second, one asker", f"{rates[1]:.3f}"),
         (f"chats a second, {ASKERS} askers", f"{rates[ASKERS]:.3f}"),
         (f"{ASKERS} askers against one", f"{rates[ASKERS] / rates[1]:.2f} x"),
+        (f"{cuts} cut streams: held afterwards", f"{sum(held.values()):.0f}, after {freed:.2f} s"),
+        *(_load_lines(load) if load else []),
     ]:
         print(f"{label:<48} {value}")
+    if load:
+        for problem in [*load.errors, *load.mixed_up][:10]:
+            print(problem)
+
+
+def _load_lines(load: Load) -> list[tuple[str, str]]:
+    after, end, growth = load.growth()
+    answers = ", ".join(f"{count} {name}" for name, count in sorted(load.answers.items()))
+    return [
+        (f"mixed load of {load.seconds / 60:g} min", f"{answers}; {load.left} left in the middle"),
+        ("errors", f"{len(load.errors)}"),
+        ("answers that differ from those alone", f"{len(load.mixed_up)}"),
+        ("memory after warm-up, at the end", f"{after:.0f}, {end:.0f} MiB ({growth:+.1f} %)"),
+    ]
+
+
+def clips(count: int) -> list[bytes]:
+    """Returns shipped recordings."""
+    from kimi_mm.cli.demo import CLIPS, read_clips
+
+    return [(CLIPS / clip["file"]).read_bytes() for clip in read_clips()[:count]]
 
 
 def recording(seconds: int) -> bytes:
@@ -82,8 +112,8 @@ def recording(seconds: int) -> bytes:
 
 
 @contextmanager
-def server(model: str) -> Iterator[tuple[str, float]]:
-    """Runs a server; gives its address, and the seconds that it took to be ready."""
+def server(model: str) -> Iterator[tuple[str, float, int]]:
+    """Runs a server; gives its address, the seconds that it took to be ready, and its process' number."""
     command = [sys.executable, "-m", "kimi_mm", "serve", "--model", model, "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "KIMI_MM_API_KEY"}
     start = time.perf_counter()
@@ -94,7 +124,7 @@ def server(model: str) -> Iterator[tuple[str, float]]:
         for line in process.stderr:
             log += line
             if found := re.search(r"ready at (http://\S+)", line):
-                yield found[1], time.perf_counter() - start
+                yield found[1], time.perf_counter() - start, process.pid
                 return
         raise SystemExit(f"the server did not start: {log}")
     finally:
