@@ -1,6 +1,6 @@
 """Continuous batching: rows join a running batch after their prompt, share every step, and leave when they end.
 
-    prompts of new rows ─► one prefill ─► their cache ──┐ join
+    prompts of new rows ─► one prefill ─► their cache ──┐ join       (from where their conversations were left)
     running cache [B rows] ─────────────────────────────┴─► step ─► next id of every row ─► rows that end leave
                                                               ▲                    │
                                                               └────────────────────┘
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from kimi_mm.generation import TextSampling, choose_text, loop_period, text_logits
@@ -22,6 +24,7 @@ from kimi_mm.generation_speech import Reply, next_ids
 from kimi_mm.model import ModelOutput
 from kimi_mm.pipeline import KimiMM
 from kimi_mm.processing import AudioClip, Streams
+from kimi_mm.serving.prefixes import Kept, Prefixes, fed, places_of
 from kimi_mm.serving.voices import Voice
 from kimi_mm.text.cache import BackboneCache, KDAState
 from kimi_mm.vision.processing import VisionItem
@@ -38,16 +41,39 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.streams)
 
+    @cached_property
+    def places(self) -> np.ndarray:
+        """What lies at each position, see `kimi_mm.serving.prefixes`."""
+        return places_of(self.streams, self.clips, self.items)
+
+    def after(self, length: int) -> Prompt | None:
+        """Returns what follows the first positions; None where they end within a recording or a picture."""
+        cut = {name: values[length:] for name, values in vars(self.streams).items()}
+        firsts = {}
+        for name in ("clip_index", "item_index"):
+            firsts[name] = max(vars(self.streams)[name][:length], default=-1) + 1
+            if any(0 <= number < firsts[name] for number in cut[name]):
+                return None
+            cut[name] = [number - firsts[name] if number >= 0 else number for number in cut[name]]
+        return Prompt(Streams(**cut), self.clips[firsts["clip_index"] :], self.items[firsts["item_index"] :])
+
 
 @dataclass(eq=False)
 class Row:
-    """A prompt and its answer so far; `stop_reason` ("eos", "budget", "loop") is set when the answer has ended."""
+    """A prompt and its answer so far; `stop_reason` ("eos", "budget", "loop") is set when the answer has ended.
+
+    The state of a row that is `kept` stays for the next turn of its conversation; of its own prompt the first `reused`
+    positions were there already. `fed` are the text and audio ids that were read after the prompt.
+    """
 
     prompt: Prompt
     sampling: TextSampling = field(default_factory=TextSampling)
     generator: torch.Generator | None = None
+    kept: bool = False
     ids: list[int] = field(default_factory=list)
     stop_reason: str | None = None
+    reused: int = 0
+    fed: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def longest(self) -> int:
@@ -56,8 +82,8 @@ class Row:
 
     @property
     def held(self) -> int:
-        """Positions that it holds, or one more."""
-        return len(self.prompt) + len(self.ids)
+        """Positions that it holds."""
+        return len(self.prompt) + len(self.fed)
 
 
 @dataclass(eq=False)
@@ -74,10 +100,6 @@ class SpokenRow(Row):
     @property
     def longest(self) -> int:
         return len(self.prompt) + self.reply.longest
-
-    @property
-    def held(self) -> int:
-        return len(self.prompt) + len(self.reply.text_history)
 
 
 @dataclass(frozen=True)
@@ -96,10 +118,12 @@ class RunningBatch:
         model: whose streams are decoded.
         cache_bytes: most memory for their caches; see `fits`.
         max_rows: most rows at a time.
+        reuse_bytes: memory for states that are kept from turn to turn.
     """
 
-    def __init__(self, model: KimiMM, cache_bytes: int = 2**30, max_rows: int = 16) -> None:
+    def __init__(self, model: KimiMM, cache_bytes: int = 2**30, max_rows: int = 16, reuse_bytes: int = 2**27) -> None:
         self.kimi, self.cache_bytes, self.max_rows = model, cache_bytes, max_rows
+        self.prefixes = Prefixes(reuse_bytes)
         self.rows: list[Row] = []
         self._cache: BackboneCache | None = None
         self._hidden: list[torch.Tensor] = []  # [B, 1, D] of each branch, where each row's next ids are chosen
@@ -124,21 +148,57 @@ class RunningBatch:
         Raises:
             UserError: a prompt cannot be used; none of the new rows has joined then.
         """
-        model, processor = self.kimi.model, self.kimi.processor
-        inputs = processor.collate(
-            [row.prompt.streams for row in rows],
-            [row.prompt.clips for row in rows],
-            [row.prompt.items for row in rows],
+        fresh: list[Row] = []
+        parts: list[tuple[list[Row], BackboneCache, list[torch.Tensor]]] = []
+        going_on: list[tuple[Row, Prompt, Kept]] = []
+        for row in rows:
+            row.reused = 0
+            if not row.kept or (found := self.prefixes.find(row.prompt.places)) is None:
+                fresh.append(row)
+                continue
+            length, kept = found
+            rest = row.prompt.after(length)
+            if rest is None:
+                fresh.append(row)
+                continue
+            row.reused = length
+            if len(rest):
+                going_on.append((row, rest, kept))
+            else:
+                parts.append(([row], kept.cache.clone(), kept.hidden))
+        if fresh:
+            cache = self.kimi.model.backbone.new_cache(len(fresh))
+            parts.append((fresh, cache, self._read([row.prompt for row in fresh], cache)))
+        if going_on:
+            cache = BackboneCache.join([kept.cache.clone() for _, _, kept in going_on])
+            hidden = self._read([rest for _, rest, _ in going_on], cache)
+            parts.append(([row for row, _, _ in going_on], cache, hidden))
+        joined = [row for part, _, _ in parts for row in part]
+        cache = BackboneCache.join([*([] if self._cache is None else [self._cache]), *(part for _, part, _ in parts)])
+        hidden = [*([self._hidden] if self._hidden else []), *(part for _, _, part in parts)]
+        self._cache, self._hidden = cache, [torch.cat(branch) for branch in zip(*hidden, strict=True)]
+        self.rows.extend(joined)
+        for row in joined:
+            if row.kept and row.reused < len(row.prompt):
+                self._remember(row)
+
+    def _read(self, prompts: Sequence[Prompt], cache: BackboneCache) -> list[torch.Tensor]:
+        """Reads prompts into a cache; returns the hidden states [B, 1, D] of each one's last position."""
+        inputs = self.kimi.processor.collate(
+            [prompt.streams for prompt in prompts],
+            [prompt.clips for prompt in prompts],
+            [prompt.items for prompt in prompts],
         ).to(self.kimi.device)
-        cache = model.backbone.new_cache(len(rows))
-        last = torch.arange(len(rows), device=inputs.lengths.device), inputs.lengths - 1
-        hidden = [branch[last][:, None] for branch in _branches(model(inputs, cache))]
-        if self._cache is None:
-            self._cache, self._hidden = cache, hidden
-        else:
-            self._cache = BackboneCache.join([self._cache, cache])
-            self._hidden = [torch.cat(pair) for pair in zip(self._hidden, hidden, strict=True)]
-        self.rows.extend(rows)
+        last = torch.arange(len(prompts), device=inputs.lengths.device), inputs.lengths - 1
+        return [branch[last][:, None] for branch in _branches(self.kimi.model(inputs, cache))]
+
+    def _remember(self, row: Row) -> None:
+        """Keeps the state of a running row as it is."""
+        if self._cache is None or not self.prefixes.most_bytes:
+            return
+        slot = self.rows.index(row)
+        kept = Kept(self._cache.row(slot, row.held), [branch[slot, None].clone() for branch in self._hidden])
+        self.prefixes.keep(np.concatenate([row.prompt.places, fed(row.fed)]), kept)
 
     @torch.inference_mode()
     def step(self) -> list[News]:
@@ -157,11 +217,16 @@ class RunningBatch:
             for slot, ids in zip(spoken, self._speech(spoken), strict=True):
                 chosen[slot] = ids
                 news[slot] = self._take_spoken(self.rows[slot], *ids)
+        for row in self.rows:
+            if row.kept and row.stop_reason in ("eos", "budget"):
+                self._remember(row)
         keep = [slot for slot, row in enumerate(self.rows) if row.stop_reason is None]
         told = [news[slot] for slot in range(len(self.rows))]
         if len(keep) < len(self.rows):
             self._keep(keep)
         if self._cache is not None:
+            for row, slot in zip(self.rows, keep, strict=True):
+                row.fed.append(chosen[slot])
             ids = torch.tensor([chosen[slot] for slot in keep], device=self.kimi.device)
             self._hidden = _branches(self.kimi.model.step(ids[:, 0], ids[:, 1], self._cache))
         return told

@@ -99,7 +99,7 @@ class _WrittenAnswer:
         prompt = await read_prompt(self.service, self.body.messages)
         generator = self.body.new_generator(self.service) if self.body.temperature else None
         sampling = TextSampling(temperature=self.body.temperature or 0.0, max_tokens=self.body.budget or 256)
-        row = Row(prompt, sampling, generator)
+        row = Row(prompt, sampling, generator, kept=True)
         pieces, until = TextPieces(self.service.model.processor.tokenizer), Until(self.body.stops)
         async with self.service.engine.text(row) as ids:
             async for token in ids:
@@ -107,7 +107,7 @@ class _WrittenAnswer:
                     yield {"content": text}
                 if until.ended:
                     break
-        self.usage = _usage(len(prompt), len(pieces.ids))
+        self.usage = _usage(row, len(pieces.ids))
         if not until.ended:
             self.finish_reason = "stop" if row.stop_reason == "eos" else "length"
             if text := until.rest():
@@ -171,13 +171,15 @@ class _SpokenAnswer:
                     yield event
         codes = row.reply.result.codes
         self.finish_reason = "stop" if row.stop_reason == "eos" else "length"
-        self.usage = _usage(len(prompt), len(row.ids), len(codes))
+        self.usage = _usage(row, len(row.ids), len(codes))
         yield self.service.spoken.keep(self.id, said, codes).expires_at
 
 
-def _usage(prompt: int, text: int, codes: int = 0) -> dict[str, Any]:
+def _usage(row: Row, text: int, codes: int = 0) -> dict[str, Any]:
+    prompt = len(row.prompt)
     usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": text + codes}
     usage["total_tokens"] = prompt + text + codes
+    usage["prompt_tokens_details"] = {"cached_tokens": row.reused}
     if codes:
         usage["completion_tokens_details"] = {"audio_tokens": codes}
     return usage

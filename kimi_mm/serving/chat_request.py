@@ -223,11 +223,16 @@ async def read_prompt(service: Service, messages: list[Message], output: str = "
 
 async def read_turns(service: Service, turns: list[dict[str, Any]], output: str, limit: int) -> Prompt:
     """Lays out turns whose recordings have been tokenized; arguments and errors else as of `read_prompt`."""
+
     # Nothing is left that needs the model itself, so this runs beside it; pictures are decoded here.
-    prompt = Prompt(*await anyio.to_thread.run_sync(service.model.read, turns, output))
-    if len(prompt) > limit:
-        raise _too_long(limit)
-    return prompt
+    def lay_out() -> Prompt:
+        prompt = Prompt(*service.model.read(turns, output))
+        if len(prompt) > limit:
+            raise _too_long(limit)
+        _ = prompt.places  # digests take a while too
+        return prompt
+
+    return await anyio.to_thread.run_sync(lay_out)
 
 
 async def _read_content(service: Service, message: Message) -> str | list[dict[str, Any]]:

@@ -48,20 +48,44 @@ class ModelList(BaseModel):
     data: list[LoadedModel]
 
 
+class PromptDetails(BaseModel):
+    """Positions that were not read again, as the state of an earlier turn was kept."""
+
+    cached_tokens: int
+
+
+class CompletionDetails(BaseModel):
+    """Codes of a spoken answer."""
+
+    audio_tokens: int
+
+
 class Usage(BaseModel):
-    """Positions of the conversation and text ids of the answer."""
+    """Positions of the conversation; text ids and codes of the answer."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails | None = None
+
+
+class SpokenAnswer(BaseModel):
+    """What was said."""
+
+    id: str = Field(description="Names the answer in later turns.")
+    data: str = Field(description="A sound file in base64.")
+    transcript: str
+    expires_at: int = Field(description="Unix seconds until which the id is known.")
 
 
 class ChatMessage(BaseModel):
-    """The answer's words."""
+    """The answer's words, or its speech."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    audio: SpokenAnswer | None = None
 
 
 class ChatChoice(BaseModel):

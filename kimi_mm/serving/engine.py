@@ -80,14 +80,21 @@ class Engine:
         model: used by this engine's thread alone from now on.
         cache_bytes: memory for the caches of rows that decode together.
         max_rows: most of them.
+        reuse_bytes: memory for states that are kept from turn to turn.
         threads: of torch on a CPU; None leaves one core to the handlers.
     """
 
     def __init__(
-        self, model: KimiMM, *, cache_bytes: int = 2**30, max_rows: int = 16, threads: int | None = None
+        self,
+        model: KimiMM,
+        *,
+        cache_bytes: int = 2**30,
+        max_rows: int = 16,
+        reuse_bytes: int = 2**27,
+        threads: int | None = None,
     ) -> None:
         self.model, self.threads = model, threads
-        self.batch = RunningBatch(model, cache_bytes, max_rows)
+        self.batch = RunningBatch(model, cache_bytes, max_rows, reuse_bytes)
         self.steps = self.tokens = 0
         self._wake = threading.Condition()
         self._calls: collections.deque[tuple[Callable[[], Any], Ticket[Any]]] = collections.deque()

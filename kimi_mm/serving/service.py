@@ -40,7 +40,13 @@ class Service:
     @classmethod
     def of(cls, model: KimiMM, config: ServeConfig) -> Service:
         """Starts an engine over a model."""
-        engine = Engine(model, cache_bytes=config.cache_mib * 2**20, max_rows=config.max_rows, threads=config.threads)
+        engine = Engine(
+            model,
+            cache_bytes=config.cache_mib * 2**20,
+            max_rows=config.max_rows,
+            reuse_bytes=config.reuse_mib * 2**20,
+            threads=config.threads,
+        )
         gate = Gate(config.max_requests, config.max_waiting)
         metrics = Metrics(engine, gate)
         return cls(model, config, engine, gate, metrics, Answers(gate, metrics, config.request_seconds))

@@ -29,6 +29,7 @@ class ServeConfig(Config):
     max_waiting: int = 32
     max_rows: int = 16  # that decode together
     cache_mib: int = 1024  # for their caches
+    reuse_mib: int = 128  # for states kept from turn to turn of a conversation
     max_connections: int = 512
     max_sessions: int = 8  # of /v1/realtime
     # How long.

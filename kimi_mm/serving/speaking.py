@@ -41,7 +41,7 @@ def check_voice(model: KimiMM) -> int:
 
 
 def spoken_row(model: KimiMM, prompt: Prompt, sampling: SpeechSampling, generator: torch.Generator) -> SpokenRow:
-    """Returns a row that answers a prompt, which was laid out for speech.
+    """Returns a row that answers a prompt, which was laid out for speech; its state is kept for the next turn.
 
     Args:
         sampling: of both streams, and their budgets.
@@ -53,7 +53,7 @@ def spoken_row(model: KimiMM, prompt: Prompt, sampling: SpeechSampling, generato
     check_voice(model)
     voice = Voice(open_voice(model, generator))
     reply = Reply(model.config.vocab, model.config.audio_delay, sampling, generator=generator)
-    return SpokenRow(prompt, reply=reply, voice=voice)
+    return SpokenRow(prompt, reply=reply, voice=voice, kept=True)
 
 
 async def answer(engine: Engine, row: SpokenRow) -> AsyncGenerator[TextPiece | CodePiece | WavePiece, None]:

@@ -107,6 +107,11 @@ class BackboneCache:
         index = torch.as_tensor(row_indices, dtype=torch.int64, device=self.lengths.device)
         return self._map(lambda tensor: tensor.index_select(0, index))
 
+    def row(self, index: int, length: int) -> BackboneCache:
+        """Returns a copy of one row alone, which holds `length` tokens."""
+        one = self.select([index]).trim(length)
+        return BackboneCache(one.layers, one.lengths, length, ragged=False)
+
     @staticmethod
     def join(parts: Sequence[BackboneCache]) -> BackboneCache:
         """Returns the rows of several caches of one model as one batch, in order.

@@ -99,7 +99,7 @@ class Answer:
         else:
             text = MOST_TEXT if given == "inf" else given
             prompt = await self._read("text", text)
-            row = Row(prompt, TextSampling(max_tokens=text))
+            row = Row(prompt, TextSampling(max_tokens=text), kept=True)
             stream = written(service.engine, row)
         self.row, self._prompt = row, len(prompt)
         async with aclosing(stream) as events:
@@ -201,6 +201,7 @@ class Answer:
             "total_tokens": self._prompt + text + codes,
             "input_tokens": self._prompt,
             "output_tokens": text + codes,
+            "input_token_details": {"cached_tokens": 0 if self.row is None else self.row.reused},
             "output_token_details": {"text_tokens": text, "audio_tokens": codes},
         }
         return {
