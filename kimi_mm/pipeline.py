@@ -24,6 +24,7 @@ from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.checkpoint import PRETRAINED, find_checkpoint, load_checkpoint
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import CheckpointError, UserError
+from kimi_mm.beam_search import BEAMS, beam_search
 from kimi_mm.generation import TextResult, TextSampling, generate_text, stream_text
 from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.model import Model
@@ -122,6 +123,7 @@ class KimiMM:
         *,
         sample_rate: int = SAMPLE_RATE,
         batch_size: int = 8,
+        beams: int = BEAMS,
         progress: Callable[[float], None] | None = None,
     ) -> Transcript:
         """Writes down what is said in a recording.
@@ -131,6 +133,7 @@ class KimiMM:
                 [channels, S].
             sample_rate: of samples given as an array, Hz.
             batch_size: pieces decoded together.
+            beams: readings of each piece that are followed side by side; 1 is greedy decoding, the fastest.
             progress: called with the share done, from 0 to 1.
 
         Returns:
@@ -138,7 +141,10 @@ class KimiMM:
 
         Raises:
             AudioError: when the recording cannot be read or used.
+            ValueError: for fewer than one beam.
         """
+        if beams < 1:
+            raise ValueError(f"beams={beams}: at least one reading has to go on.")
         if isinstance(audio, (str, Path, bytes)):
             wave, seconds = read_audio(audio)
         else:
@@ -150,7 +156,7 @@ class KimiMM:
         texts = [""] * len(pieces)
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
-            for i, text in zip(chosen, self._recognise([wave[slice(*pieces[i])] for i in chosen]), strict=True):
+            for i, text in zip(chosen, self._recognise([wave[slice(*pieces[i])] for i in chosen], beams), strict=True):
                 texts[i] = text
             if progress:
                 progress(min(1.0, (at + len(chosen)) / len(order)))
@@ -161,25 +167,28 @@ class KimiMM:
         ]
         return Transcript(" ".join(segment.text for segment in segments), seconds, segments)
 
-    def _recognise(self, waves: list[np.ndarray], retry: bool = True) -> list[str]:
+    def _recognise(self, waves: list[np.ndarray], beams: int, retry: bool = True) -> list[str]:
         """Transcribes pieces of at most 30 s; a piece whose text ran away is cut in two and heard again."""
-        results = self._decode(waves)
+        results = self._decode(waves, beams)
         texts = []
         for wave, result in zip(waves, results, strict=True):
             text = self.processor.tokenizer.decode(result.ids)
             if retry and (halves := second_hearing(wave, result.stop_reason)) is not None:
-                text = " ".join(filter(None, self._recognise(halves, retry=False)))
+                text = " ".join(filter(None, self._recognise(halves, beams, retry=False)))
             texts.append(text)
         return texts
 
     @torch.inference_mode()
-    def _decode(self, waves: list[np.ndarray]) -> list[TextResult]:
+    def _decode(self, waves: list[np.ndarray], beams: int) -> list[TextResult]:
         if not waves:
             return []
         clips = [AudioClip(t.codes, t.features) for t in self.tokenizer.encode_batch(waves)]
         rows = [self.processor.transcription(len(clip.codes)) for clip in clips]
         inputs = self.processor.collate(rows, [[clip] for clip in clips]).to(self.device)
-        return generate_text(self.model, inputs, budgets=[transcription_budget(wave) for wave in waves])
+        budgets = [transcription_budget(wave) for wave in waves]
+        if beams == 1:
+            return generate_text(self.model, inputs, budgets=budgets)
+        return beam_search(self.model, inputs, beams=beams, budgets=budgets)
 
     def describe(self, images: Any, question: str = QUESTION, **options: Any) -> str:
         """Answers a question about pictures and clips; arguments as for `describe_stream`, which gives it in pieces."""

@@ -23,6 +23,7 @@ def asr(
     model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
     label: Annotated[str | None, typer.Option(help="What tables call the model; default: its name.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    beams: Annotated[int, typer.Option(min=1, max=32, help="Readings followed side by side; 1 is greedy.")] = 4,
     result: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N utterances of each set.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="How many of the worst utterances to show.")] = 5,
@@ -43,9 +44,9 @@ def asr(
     scores = []
     for name, utterances in chosen.items():
         with progress_bar(name, quiet) as progress:
-            results = recognise(lambda wave: engine.transcribe(wave).text, utterances, progress)
+            results = recognise(lambda wave: engine.transcribe(wave, beams=beams).text, utterances, progress)
         scores.append(score(name, results, worst=max(worst, 10)))
-    evaluation = collect(label or engine.config.name, model, device, scores)
+    evaluation = collect(label or engine.config.name, model, device, beams, scores)
     if result is not None:
         write_file(result, (json.dumps(evaluation, indent=1) + "\n").encode())
     show(evaluation, worst)

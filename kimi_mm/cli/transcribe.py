@@ -23,6 +23,7 @@ def transcribe(
     ] = None,
     model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    beams: Annotated[int, typer.Option(min=1, max=32, help="Readings followed side by side; 1 is fastest.")] = 4,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Transcribe recordings of any format, rate and length."""
@@ -38,7 +39,7 @@ def transcribe(
     def work(name: str) -> None:
         wave, _ = read_audio(name)
         with progress_bar(name, quiet) as progress:
-            transcript = engine.transcribe(wave, sample_rate=16_000, progress=progress)
+            transcript = engine.transcribe(wave, sample_rate=16_000, beams=beams, progress=progress)
         if not transcript.text.strip():
             raise AudioError("no speech was found.")
         destination.put(name, render(transcript, format, name, model, label).encode("utf-8", "backslashreplace"))

@@ -2,8 +2,7 @@
 
     DATA/<folder of a set>: clips or shards ─► transcribe, one at a time ─► WER, interval, real-time factor, errors
 
-Decoding is greedy and one utterance at a time, as `kimi-mm transcribe` does it, so that the real-time factor is the
-user's.
+Utterances are decoded one at a time, as `kimi-mm transcribe` does it, so that the real-time factor is the user's.
 """
 
 from __future__ import annotations
@@ -142,13 +141,14 @@ def score(name: str, results: Sequence[Scored], worst: int = 10) -> dict[str, An
     }
 
 
-def collect(label: str, model: str, device: str, sets: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def collect(label: str, model: str, device: str, beams: int, sets: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Returns the machine-readable result of an evaluation: the sets' scores and how they were measured.
 
     Args:
         label: what tables call the model.
         model: name or folder that was loaded.
         device: where it ran.
+        beams: of the search; 1 is greedy decoding.
         sets: from `score`.
     """
     import torch
@@ -163,6 +163,7 @@ def collect(label: str, model: str, device: str, sets: Iterable[dict[str, Any]])
         "model": model,
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
+        "beams": beams,
         "normalizer": NORMALIZER_VERSION,
         "peak_rss_mib": round(peak_memory_mib(), 1),
         "software": {"kimi_mm": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -97,9 +97,9 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
                 f"{row['substitutions']} / {row['deletions']} / {row['insertions']} | {row['real_time_factor']:.3f} |"
             )
     lines.append("")
-    groups: dict[tuple[str, int, str], float] = {}
+    groups: dict[tuple[str, int, int, str], float] = {}
     for result in results:
-        key = (result["device"], result["threads"], result["normalizer"])
+        key = (result["device"], result["threads"], result.get("beams", 1), result["normalizer"])
         groups[key] = max(groups.get(key, 0.0), result["peak_rss_mib"])
     lines.extend(_conditions(*key, peak) for key, peak in groups.items())
     return "\n".join(lines) + "\n"
@@ -127,8 +127,9 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def _conditions(device: str, threads: int, normalizer: str, peak_rss_mib: float) -> str:
+def _conditions(device: str, threads: int, beams: int, normalizer: str, peak_rss_mib: float) -> str:
+    decoding = "greedy decoding" if beams == 1 else f"{beams} beams"
     return (
-        f"Measured by `kimi-mm eval asr`, greedy decoding, device {device}, {threads} threads, "
+        f"Measured by `kimi-mm eval asr`, {decoding}, device {device}, {threads} threads, "
         f"peak memory {peak_rss_mib:.0f} MiB, normaliser {normalizer}."
     )

@@ -54,7 +54,7 @@ def test_counts(prepared):
 
 def test_result_is_plain_json(prepared):
     scores = score("sent", recognise(lambda wave: "goodbye", read_set(prepared, "sent")))
-    result = json.loads(json.dumps(collect("nano", "nano", "cpu", [scores])))
+    result = json.loads(json.dumps(collect("nano", "nano", "cpu", 4, [scores])))
     assert result["sets"][0]["set"] == "sent"
     assert result["normalizer"]
     assert 10 < result["peak_rss_mib"] < 100_000
