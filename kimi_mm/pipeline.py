@@ -21,10 +21,10 @@ from kimi_mm.audio.io import read_audio, to_mono_16k
 from kimi_mm.audio.segment import split_at_silence
 from kimi_mm.audio.tokenizer import AudioTokenizer
 from kimi_mm.audio.tokens import AudioTokens
+from kimi_mm.beam_search import BEAMS, beam_search
 from kimi_mm.checkpoint import PRETRAINED, find_checkpoint, load_checkpoint
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import CheckpointError, UserError
-from kimi_mm.beam_search import BEAMS, beam_search
 from kimi_mm.generation import TextResult, TextSampling, generate_text, stream_text
 from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.model import Model

@@ -1,4 +1,4 @@
-"""Beam search: one beam is greedy decoding, enough beams find what trying everything finds, rows do not disturb rows."""
+"""Beam search: one beam is greedy decoding, enough of them find what trying everything finds, rows stay apart."""
 
 import pytest
 import torch
