@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 import torch
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
 from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.pipeline import SAMPLE_RATE
@@ -92,13 +92,12 @@ class Message(BaseModel):
     ) = None
     audio: SpokenBefore | None = None
 
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
+    def check(self) -> None:
+        """Raises ApiError 400 where there is nothing in it, or the user names an answer."""
         if self.audio is not None and self.role != "assistant":
-            raise ValueError("'audio' belongs into a message of the assistant")
+            raise ApiError(400, "messages: 'audio' belongs into a message of the assistant.", param="messages")
         if self.audio is None and self.content is None:
-            raise ValueError("a message needs 'content'")
-        return self
+            raise ApiError(400, "messages: a message needs 'content'.", param="messages")
 
 
 class AudioOutput(BaseModel):
@@ -182,6 +181,8 @@ class ChatRequest(BaseModel):
         if self.spoken:
             check_voice(service.model)
             self._check_spoken()
+        for message in self.messages:
+            message.check()
         if self.messages[-1].role == "assistant":
             raise ApiError(400, "messages: the last one must not be the assistant's.", param="messages")
 

@@ -3,7 +3,7 @@
     wave ─► pieces cut at silences ─► codes + features ─► rows, a few at a time ─► text of piece 0, 1, 2 ...
                                                               └─ ran away ─► heard again in halves
 
-The result is that of `KimiMM.transcribe`.
+The result is that of `KimiMM.transcribe` with one beam: words that were sent cannot be taken back.
 """
 
 from __future__ import annotations

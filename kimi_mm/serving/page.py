@@ -1,7 +1,8 @@
-"""The web page at `/`: files of `static/`, read once, and what the page asks for beside OpenAI's API.
+"""The web pages at `/` and `/talk`: files of `static/`, read once, and what they ask for beside OpenAI's API.
 
-GET / ─► index.html ─► /static/page.css, page.js ... ─► /v1/audio/transcriptions, /v1/audio/codes
-                       /static/sample.flac: a shipped recording, to try it without a microphone
+GET /     ─► index.html ─► /static/page.css, page.js ... ─► /v1/audio/transcriptions, /v1/audio/codes
+                           /static/sample.flac: a shipped recording, to try it without a microphone
+GET /talk ─► talk.html  ─► /static/talk.js ...           ─► /v1/realtime
 
 Everything is the server's own: the policy sent with the page forbids any other source. Browsers ask whether a file has
 changed before they use what they kept, so that a newer server never meets an older page.
@@ -56,7 +57,7 @@ class Asset:
 def assets() -> dict[str, Asset]:
     """Returns every file of the page by its address."""
     found = {f"/static/{path.name}": path for path in STATIC.iterdir() if path.suffix in TYPES}
-    found["/"] = found.pop("/static/index.html")
+    found["/"], found["/talk"] = found.pop("/static/index.html"), found.pop("/static/talk.html")
     found["/static/sample.flac"] = SAMPLE
     return {address: _asset(path) for address, path in found.items()}
 

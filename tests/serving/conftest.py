@@ -25,6 +25,7 @@ from kimi_mm.model import Model
 from kimi_mm.pipeline import KimiMM
 from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.training.recipe import recipes_root
+from tests.serving.browser import browser  # noqa: F401
 from tests.vision.tiny import EYES, shaken
 
 KEY = "a-key-of-the-tests"

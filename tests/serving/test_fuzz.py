@@ -90,13 +90,17 @@ def make_sensible(case: Case, server: Server) -> None:
         case.path_parameters["name"] = server.model
     if not isinstance(case.body, dict):
         return
-    for field, value in (
-        ("model", server.model),
-        ("file", SOUND),
-        ("messages", [{"role": "user", "content": "red"}]),
-        ("max_tokens", 3),
-        ("max_completion_tokens", 3),
-        ("input", "red dogs"),
-    ):
+    values = {
+        "model": server.model,
+        "file": SOUND,
+        "messages": [{"role": "user", "content": "red"}],
+        "max_tokens": 3,
+        "max_completion_tokens": 3,
+        "input": "red dogs",
+        "speed": 1.0,
+        "instructions": "",
+        "stream_format": "audio",
+    }
+    for field, value in values.items():
         if field in case.body:
             case.body[field] = value

@@ -29,6 +29,14 @@ async function ask(path, options = {}) {
   throw new ServerError(sentence[0].toUpperCase() + sentence.slice(1), answer.status);
 }
 
+/** Opens a conversation by voice. Browsers cannot set headers of a WebSocket: the key is offered as a subprotocol. */
+export function conversation(modelName) {
+  const key = sessionStorage.getItem(KEY);
+  const address = new URL(`/v1/realtime?model=${encodeURIComponent(modelName)}`, location.href);
+  address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
+  return new WebSocket(address, ["realtime", ...(key ? [`openai-insecure-api-key.${key}`] : [])]);
+}
+
 /** Returns the loaded model's entry of /v1/models. */
 export async function model() {
   return (await (await ask("/v1/models")).json()).data[0];

@@ -33,15 +33,18 @@ export async function decode(bytes) {
   }
 }
 
-/** Opens the microphone. `onLevel` gets the peak, 0 to 1, of every piece; `stop()` gives samples at 16 kHz. */
-export async function record(onLevel) {
+/**
+ * Opens the microphone.
+ * @param onPiece gets Float32Array after Float32Array, at `rate`
+ * @param audio constraints beyond one channel
+ * @returns `rate`, `end()` after whose promise no piece comes, and `release()`, which drops what was not given yet
+ */
+export async function microphone(onPiece, audio = {}) {
   if (!navigator.mediaDevices?.getUserMedia)
     throw new Error("Browsers give a microphone only to pages of this machine or over https; open the page that way.");
   let stream;
   try {
-    stream = await navigator.mediaDevices.getUserMedia({
-      audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: true },
-    });
+    stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, autoGainControl: true, ...audio } });
   } catch (error) {
     const reasons = {
       NotAllowedError: "The microphone was not allowed; allow it beside the page's address.",
@@ -51,7 +54,6 @@ export async function record(onLevel) {
     throw new Error(reasons[error.name] ?? `The microphone cannot be opened: ${error.message}`);
   }
   const context = new AudioContext();
-  const pieces = [];
   let node;
   const release = () => {
     stream.getTracks().forEach((track) => track.stop());
@@ -66,30 +68,49 @@ export async function record(onLevel) {
     throw new Error(`The recorder cannot be started: ${error.message}`);
   }
   const flushed = new Promise((resolve) => {
-    node.port.onmessage = ({ data }) => {
-      if (data === null) return resolve();
-      pieces.push(data);
-      let peak = 0;
-      for (const value of data) peak = Math.max(peak, Math.abs(value));
-      onLevel(Math.min(1, peak));
-    };
+    node.port.onmessage = ({ data }) => (data === null ? resolve() : onPiece(data));
   });
   context.createMediaStreamSource(stream).connect(node);
   return {
-    async stop() {
+    rate: context.sampleRate,
+    async end() {
       node.port.postMessage(null);
       await flushed;
-      const rate = context.sampleRate;
       await release();
+    },
+    release,
+  };
+}
+
+/** Returns the largest of the samples, 0 to 1. */
+export function peakOf(samples) {
+  let peak = 0;
+  for (const value of samples) peak = Math.max(peak, Math.abs(value));
+  return Math.min(1, peak);
+}
+
+/** Records until `stop()`, which gives samples at 16 kHz. `onLevel` gets the peak, 0 to 1, of every piece. */
+export async function record(onLevel) {
+  const pieces = [];
+  const opened = await microphone(
+    (piece) => {
+      pieces.push(piece);
+      onLevel(peakOf(piece));
+    },
+    { echoCancellation: false, noiseSuppression: false },
+  );
+  return {
+    async stop() {
+      await opened.end();
       const samples = new Float32Array(pieces.reduce((sum, piece) => sum + piece.length, 0));
       let at = 0;
       for (const piece of pieces) {
         samples.set(piece, at);
         at += piece.length;
       }
-      return resample(samples, rate);
+      return resample(samples, opened.rate);
     },
-    cancel: release,
+    cancel: opened.release,
   };
 }
 
