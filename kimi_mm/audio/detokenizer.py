@@ -53,7 +53,7 @@ class Detokenizer(nn.Module):
         self.mel = TargetMel(config.mel)
         self.dit = DiT(config.dit, bins, config.frames_per_code)
         if config.vocoder is not None:
-            self.vocoder: Vocoder | BigVGAN = Vocoder(config.vocoder, bins, hop)
+            self.vocoder: Vocoder | BigVGAN = Vocoder(config.vocoder, bins, hop, config.mel.sample_rate)
         else:
             assert config.bigvgan is not None
             self.vocoder = BigVGAN(config.bigvgan, bins, config.streaming.fade)

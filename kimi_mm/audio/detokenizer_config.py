@@ -78,7 +78,9 @@ class VocoderConfig(Config):
     """Causal ConvNeXt over mel frames made `upsample` times denser, then an inverse STFT.
 
     `look_ahead` mel frames of the future enter through the first convolution; everything behind it looks back only.
-    The inverse STFT hops by the mel's hop / `upsample`, and its window `n_fft` is a multiple of that.
+    The inverse STFT hops by the mel's hop / `upsample`, and its window `n_fft` is a multiple of that. With `source` the
+    network filters a pulse train, whose pitch it tells from the mel, and noise, instead of drawing phases (see
+    `kimi_mm.audio.excitation`).
     """
 
     hidden_size: int = 256
@@ -88,6 +90,7 @@ class VocoderConfig(Config):
     upsample: int = 2
     n_fft: int = 960
     look_ahead: int = 2
+    source: bool = False
 
     def __post_init__(self) -> None:
         _above_zero(self, "hidden_size", "num_layers", "intermediate_size", "kernel_size", "upsample", "n_fft")

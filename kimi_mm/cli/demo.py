@@ -1,4 +1,7 @@
-"""`kimi-mm demo`: the shipped recordings of a real speaker, transcribed by the shipped model, and a picture."""
+"""`kimi-mm demo`: the shipped recordings of a real speaker, transcribed by the shipped model, and a picture.
+
+A model with a voice also says a sentence and speaks one of the recordings again: two WAV files and their spectrograms.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,15 @@ from kimi_mm.cli.outputs import check_writable
 from kimi_mm.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from kimi_mm.pipeline import KimiMM
     from kimi_mm.types import Transcript
 
 CLIPS = Path(__file__).resolve().parents[1] / "pretrained" / "demo"
 PICTURE = "transcript.png"
+SENTENCE = "Hello. I can hear you, and this is my voice."
+SAID, SPOKEN_AGAIN, SPEECH_PICTURE = "say.wav", "resynth.wav", "speech.png"
 
 
 def demo(
@@ -27,7 +34,7 @@ def demo(
     model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Transcribe the shipped recordings and draw what the model makes of one."""
+    """Transcribe the shipped recordings and draw what the model makes of one; speak, if the model has a voice."""
     clips = read_clips()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -60,6 +67,9 @@ def demo(
     shown = max(clips, key=lambda clip: -abs(clip["seconds"] - 6.0))
     draw_clip(engine, shown, output / PICTURE)
     print(f"picture: {output / PICTURE}")
+    if engine.model.detokenizer is not None:
+        for line in speak_clip(engine, shown, output):
+            print(line)
 
 
 def read_clips() -> list[dict[str, Any]]:
@@ -103,3 +113,45 @@ def draw_clip(engine: KimiMM, clip: dict[str, Any], path: Path) -> Transcript:
         caption=f"said: {clip['text']}",
     )
     return transcript
+
+
+def speak_clip(engine: KimiMM, clip: dict[str, Any], output: Path) -> list[str]:
+    """Says a clip again from its codes, and a sentence, into WAV files, and draws all spectrograms.
+
+    A model without an audio branch, which chooses no codes, says the clip only.
+
+    Returns:
+        A line for each file: what it is, how long it lasts, and how long it took.
+    """
+    import time
+
+    import torch
+
+    from kimi_mm.audio.io import read_audio, write_wav
+    from kimi_mm.evaluation.picture import draw_speech
+
+    detokenizer = engine.detokenizer
+    rate, mel = detokenizer.sample_rate, detokenizer.config.mel
+    recording, _ = read_audio(CLIPS / clip["file"], rate)
+
+    def again(wave: np.ndarray) -> np.ndarray:
+        return detokenizer.decode(engine.tokenizer.encode(wave, rate).codes).cpu().numpy()
+
+    lines, waves = [], {f"recording: {clip['text']}": recording}
+    makers = {SPOKEN_AGAIN: (f"{clip['file']} again, from its codes", lambda: again(recording))}
+    if engine.model.backbone.audio is not None:
+        makers[SAID] = (f'said: "{SENTENCE}"', lambda: engine.speak(SENTENCE))
+    for name, (what, make) in makers.items():
+        start = time.perf_counter()
+        wave = make()
+        took = time.perf_counter() - start
+        write_wav(output / name, wave, rate)
+        waves[what] = wave
+        lines.append(f"{output / name}: {what}; {len(wave) / rate:.1f} s of speech in {took:.1f} s")
+    with torch.inference_mode():
+        spectra = {
+            name: detokenizer.mel(torch.from_numpy(wave)[None].to(detokenizer.device))[0].cpu().numpy()
+            for name, wave in waves.items()
+        }
+    draw_speech(output / SPEECH_PICTURE, spectra, mel.sample_rate / mel.hop_length, "what goes in, and what comes out")
+    return [*lines, f"picture: {output / SPEECH_PICTURE}"]

@@ -18,7 +18,7 @@ import torch
 from kimi_mm.data.loader import _Place
 from kimi_mm.data.manifest import read_rows
 from kimi_mm.data.shards import KEYS
-from kimi_mm.data.targets import CANONICAL, TARGET_RATE, TARGETS
+from kimi_mm.data.targets import CANONICAL, PITCH_HOP, TARGET_RATE, TARGETS, pitch_frames
 from kimi_mm.errors import CheckpointError
 from kimi_mm.training.speech_out_config import TargetDataConfig
 
@@ -32,22 +32,25 @@ class TargetBatch:
     """Rows of speech.
 
     targets [B, 1920 N] int16 at 24 kHz; heard [B, 1280 N] int16 at 16 kHz, the same words in another voice; own [B]
-    bool, codes are to be taken from the target itself; canonical [B] bool, the target is in the canonical voice.
+    bool, codes are to be taken from the target itself; canonical [B] bool, the target is in the canonical voice; pitch
+    [B, 8 N] fp32 of the target in Hz, 0 where there is none.
     """
 
     targets: torch.Tensor
     heard: torch.Tensor
     own: torch.Tensor
     canonical: torch.Tensor
+    pitch: torch.Tensor
 
 
 @dataclass(frozen=True)
 class TargetUtterance:
-    """Samples [start, start + samples) at 24 kHz of shard `shard`; all three are multiples of 3 apart."""
+    """Samples [start, start + samples) at 24 kHz of shard `shard`, starts multiples of 3; pitch begins at `pitch`."""
 
     shard: int
     start: int
     samples: int
+    pitch: int
     speaker: str
     text: str = ""
 
@@ -56,7 +59,7 @@ class TargetShards:
     """Memory-mapped target shards of one or more folders."""
 
     def __init__(self, folders: tuple[str, ...], weights: tuple[float, ...] = ()) -> None:
-        self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        self.arrays: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.utterances: list[TargetUtterance] = []
         self.repeats: list[float] = []
         for number, folder in enumerate(folders):
@@ -74,16 +77,22 @@ class TargetShards:
             raise CheckpointError(f"{folder}: holds no target shards (target-*.jsonl); run kimi-mm prepare targets.")
         for index in found:
             try:
-                pair = [np.load(index.with_suffix(end), mmap_mode="r") for end in (".npy", ".heard.npy")]
+                ends = (".npy", ".heard.npy", ".pitch.npy")
+                target, heard, pitch = (np.load(index.with_suffix(end), mmap_mode="r") for end in ends)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{index.with_suffix('.npy')}: cannot be read ({error}).") from None
-            self.arrays.append((pair[0], pair[1]))
+            self.arrays.append((target, heard, pitch))
+            at = 0
             for row in read_rows(index, KEYS):
-                if row["start"] + row["samples"] > len(pair[0]) or 3 * len(pair[1]) != 2 * len(pair[0]):
+                after = at + pitch_frames(row["samples"])
+                fits = row["start"] + row["samples"] <= len(target) and after <= len(pitch)
+                if not fits or 3 * len(heard) != 2 * len(target):
                     raise CheckpointError(f"{index}: does not fit its arrays; delete the shard and prepare it again.")
                 speaker = row["voice"].partition(":")[0]
-                item = TargetUtterance(len(self.arrays) - 1, row["start"], row["samples"], speaker, row["text"])
+                number = len(self.arrays) - 1
+                item = TargetUtterance(number, row["start"], row["samples"], at, speaker, row["text"])
                 self.utterances.append(item)
+                at = after
                 self.repeats.append(weight)
 
 
@@ -138,6 +147,7 @@ class TargetLoader(TargetShards, _Place):
         size = len(rows)
         targets = np.zeros((size, self.row), np.int16)
         heard = np.zeros((size, self.row * 2 // 3), np.int16)
+        pitch = np.zeros((size, self.row // PITCH_HOP), np.float32)
         for b, row in enumerate(rows):
             if self.config.crops:
                 spare = self.utterances[row[0]].samples - self.row
@@ -145,18 +155,27 @@ class TargetLoader(TargetShards, _Place):
             else:
                 at = rng.uniform(0.05, 0.5) * TARGET_RATE
             for i in row:
-                at = self._place(i, int(at) // 3 * 3, targets[b], heard[b]) + rng.uniform(*PAUSES) * TARGET_RATE
+                start = int(at) // 3 * 3
+                self._place_pitch(i, round(start / PITCH_HOP), pitch[b])
+                at = self._place(i, start, targets[b], heard[b]) + rng.uniform(*PAUSES) * TARGET_RATE
         own = rng.random(size) < self.config.own_share
         canonical = np.asarray([self.utterances[row[0]].speaker == CANONICAL for row in rows])
-        return TargetBatch(*(torch.from_numpy(array) for array in (targets, heard, own, canonical)))
+        return TargetBatch(*(torch.from_numpy(array) for array in (targets, heard, own, canonical, pitch)))
 
     def _place(self, number: int, at: int, target: np.ndarray, heard: np.ndarray) -> int:
         """Copies an utterance into a row from sample `at` on, which may be negative; returns where it ends."""
         item = self.utterances[number]
         first, last = max(0, -at), min(item.samples, len(target) - at)
         if first < last:
-            for array, out, up, down in zip(self.arrays[item.shard], (target, heard), (1, 2), (1, 3), strict=True):
+            for array, out, up, down in zip(self.arrays[item.shard][:2], (target, heard), (1, 2), (1, 3), strict=True):
                 begin, end = (item.start + first) * up // down, (item.start + last) * up // down
                 place = (at + first) * up // down
                 out[place : place + end - begin] = array[begin:end]
         return at + item.samples
+
+    def _place_pitch(self, number: int, at: int, pitch: np.ndarray) -> None:
+        """Copies the pitch of an utterance into a row from value `at` on, which may be negative."""
+        item = self.utterances[number]
+        first, last = max(0, -at), min(pitch_frames(item.samples), len(pitch) - at)
+        if first < last:
+            pitch[at + first : at + last] = self.arrays[item.shard][2][item.pitch + first : item.pitch + last]

@@ -1,4 +1,4 @@
-"""One picture of what the model makes of a recording: waveform, log-mel, codes and text on one time axis."""
+"""Pictures of what a model hears (waveform, log-mel, codes and text of a recording) and of what it says."""
 
 from __future__ import annotations
 
@@ -44,6 +44,42 @@ def draw(
     axes[3].set_xlim(0, seconds)
     axes[3].set_xlabel("seconds")
     figure.supxlabel(textwrap.fill(caption, 150), fontsize=10, x=0.01, ha="left")
+    _write(figure, path)
+
+
+def draw_speech(path: Path, spoken: dict[str, np.ndarray], frame_rate: float, title: str) -> None:
+    """Draws spectrograms one below the other into a PNG file, written aside and renamed.
+
+    Args:
+        path: the picture; its folder is made if missing.
+        spoken: log-mel [frames, bins] by what it shows; all share the time axis and the colours.
+        frame_rate: mel frames a second.
+        title: above the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(spoken), 1, figsize=(12, 2.3 * len(spoken) + 0.6), sharex=True, squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    loudest = max(float(mel.max()) for mel in spoken.values())
+    for axis, (name, mel) in zip(axes[:, 0], spoken.items(), strict=True):
+        extent = (0, len(mel) / frame_rate, 0, mel.shape[1])
+        # Nine nepers, 78 dB, below the loudest everything is as good as silent.
+        axis.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", extent=extent, vmin=loudest - 9.0, vmax=loudest)
+        axis.set_title(textwrap.shorten(name, 140), fontsize=10, loc="left")
+        axis.set_ylabel("mel bin")
+    axes[-1, 0].set_xlim(0, max(len(mel) for mel in spoken.values()) / frame_rate)
+    axes[-1, 0].set_xlabel("seconds")
+    _write(figure, path)
+
+
+def _write(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     try:

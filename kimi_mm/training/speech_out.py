@@ -3,6 +3,7 @@
     detokenizer   heard 16 kHz ─► tokenizer (frozen) ─► codes ─┐
                   target 24 kHz ─► mel ─► path to noise ───────┴► DiT: [noisy | clean] under the chunk mask ─► velocity
     vocoder       target 24 kHz ─► mel ─► vocoder ─► wave ─► spectra, and discriminators against the target
+                  its pitch, which synthesis told ──┘ (with a source; learnt beside)
 
 Shapes: B rows, N codes, T = 4 N mel frames, C chunks, M mel bins, S samples.
 """
@@ -14,19 +15,21 @@ from torch import nn
 from torch.func import functional_call
 
 from kimi_mm.audio.detokenizer import Detokenizer
-from kimi_mm.audio.dit import CLEAN
+from kimi_mm.audio.dit import CLEAN, DiT
 from kimi_mm.audio.flow import flow_path
 from kimi_mm.audio.vocoder import Vocoder
 from kimi_mm.config import ConfigError
 from kimi_mm.data.augment import augment
 from kimi_mm.data.resample import to_16k
 from kimi_mm.data.target_loader import TargetBatch
+from kimi_mm.data.targets import PITCH_HOP
 from kimi_mm.model import Model
 from kimi_mm.training.discriminators import Discriminators, discriminator_loss, generator_loss
 from kimi_mm.training.recipe import Recipe
 from kimi_mm.training.spectral import SpectralDistance
 from kimi_mm.training.speech_out_config import FlowTrainingConfig
 
+CODE_SPREAD = 0.3  # standard deviation of the code embedding at the start
 Losses = dict[str, torch.Tensor]
 
 
@@ -42,6 +45,8 @@ class FlowObjective(nn.Module):
         detokenizer = _detokenizer(model)
         self.dit, self.mel = detokenizer.dit, detokenizer.mel
         self.sigma_min = detokenizer.config.sigma_min
+        if not bool(self.dit.output.weight.any()):  # untrained
+            start_code_embedding(self.dit, model.audio.quantizer.codebook)
         # Frozen, and kept out of the optimiser and of train() by not being a submodule.
         self._tokenizer = [model.audio.eval().requires_grad_(False)]
 
@@ -92,6 +97,23 @@ class FlowObjective(nn.Module):
         return int((chunks <= chunks[first]).sum())
 
 
+@torch.no_grad()
+def start_code_embedding(dit: DiT, codebook: torch.Tensor) -> None:
+    """Lets codes begin as alike as their vectors are: rare codes then learn from common ones.
+
+    Args:
+        dit: whose embedding [K + 1, D] is set, all but the row of no code.
+        codebook: [K, C] of the tokenizer.
+    """
+    count, size = codebook.shape
+    if count != dit.null_code:
+        return
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(size, dit.config.hidden_size, generator=generator).to(codebook)
+    rows = (codebook - codebook.mean(0)) @ spread
+    dit.code_embedding.weight[:count] = rows * (CODE_SPREAD / rows.std().clamp_min(1e-6))
+
+
 def draw_chunks(codes: int, config: FlowTrainingConfig, frames_per_code: int) -> torch.Tensor:
     """Cuts a row into chunks of random length; returns the chunk number of each frame, [codes * frames_per_code]."""
     if torch.rand(()) < config.whole_share:
@@ -120,6 +142,8 @@ class VocoderObjective(nn.Module):
         self.mel, self.vocoder = detokenizer.mel, detokenizer.vocoder
         self.distance = SpectralDistance(detokenizer.sample_rate)
         self.discriminators = Discriminators(self.config.periods, self.config.resolutions, self.config.channels)
+        if self.vocoder.pitch is not None and self.vocoder.step_size != PITCH_HOP:
+            raise ConfigError(f"vocoder.upsample: a source needs mel.hop_length / upsample = {PITCH_HOP}.")
         judged = recipe.target.row_codes * detokenizer.config.samples_per_code - self.unjudged - self.vocoder.delay
         if judged < 4096:
             raise ConfigError(
@@ -136,12 +160,14 @@ class VocoderObjective(nn.Module):
         real = batch.targets.float() / 32768
         mel = self.mel(real)
         mel = mel + self.config.mel_noise * torch.randn_like(mel)
-        raw = self.vocoder.run(mel, *self.vocoder.training_past(len(mel)))[0]
+        raw, pitch = self.vocoder.learn(mel, batch.pitch)
         real = real[:, self.unjudged : real.shape[1] - self.vocoder.delay]
         fake = raw[:, self.unjudged + self.vocoder.delay :]
         weights = self.config
         losses = {"mel": self.distance.mel(fake, real), "stft": self.distance.stft(fake, real)}
-        loss = weights.mel_weight * losses["mel"] + weights.stft_weight * losses["stft"]
+        loss = weights.mel_weight * losses["mel"] + weights.stft_weight * losses["stft"] + pitch
+        if self.vocoder.pitch is not None:
+            losses["pitch"] = pitch
         if adversarial:
             judged_real = self.discriminators(real)
             losses["discriminator"] = discriminator_loss(judged_real, self.discriminators(fake.detach()))

@@ -29,10 +29,10 @@ def speechlike(frames: int, rows: int = 1) -> torch.Tensor:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("pieces", [[1] * 31, [2, 0, 29], [10, 1, 20], [30, 1], [31]])
-@pytest.mark.parametrize("look_ahead", [0, 2, 3])
-def test_stream_equals_whole(pieces, look_ahead):
+@pytest.mark.parametrize(("look_ahead", "source"), [(0, False), (2, False), (3, True), (2, True)])
+def test_stream_equals_whole(pieces, look_ahead, source):
     torch.manual_seed(0)
-    vocoder = Vocoder(SMALL.replace(look_ahead=look_ahead), BINS, HOP).eval()
+    vocoder = Vocoder(SMALL.replace(look_ahead=look_ahead, source=source), BINS, HOP).eval()
     mel = speechlike(31, rows=2)
     whole = vocoder(mel)
     assert whole.shape == (2, 31 * HOP)
@@ -42,7 +42,8 @@ def test_stream_equals_whole(pieces, look_ahead):
         out.append(wave)
     wave, _ = vocoder.step(mel[:, :0], state, final=True)
     assert wave.shape[1] <= vocoder.delay
-    assert torch.allclose(torch.cat([*out, wave], 1), whole, atol=1e-5)
+    # Rounding of the pitch adds up in the phase of a source, and counts a hundredfold in its highest harmonics.
+    assert torch.allclose(torch.cat([*out, wave], 1), whole, atol=1e-3 if source else 1e-5)
 
 
 @torch.inference_mode()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+import soundfile
 from PIL import Image
 
-from kimi_mm.cli.demo import CLIPS, read_clips
+import kimi_mm
+from kimi_mm.cli.demo import CLIPS, read_clips, speak_clip
 
 
 def test_demo_prints_scores_and_draws(kimi, tmp_path):
@@ -29,6 +32,30 @@ def test_demo_refuses_a_place_it_cannot_write_before_working(kimi, tmp_path):
     (tmp_path / "plain").write_text("")
     result = kimi("demo", "--output", tmp_path / "plain")
     assert (result.code, result.out, len(result.complaints)) == (1, "", 1)
+
+
+def test_a_voice_says_a_sentence_and_a_clip(speaking, tmp_path):
+    engine = kimi_mm.load(speaking)
+    clip = min(read_clips(), key=lambda row: row["seconds"])
+    lines = speak_clip(engine, clip, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resynth.wav", "say.wav", "speech.png"]
+    assert [path in line for path, line in zip(("resynth.wav", "say.wav", "speech.png"), lines, strict=True)] == [
+        True
+    ] * 3
+    info = soundfile.info(tmp_path / "resynth.wav")
+    assert info.samplerate == 24_000
+    assert info.duration == pytest.approx(clip["seconds"], abs=0.09)
+    assert soundfile.info(tmp_path / "say.wav").frames % 1920 == 0
+    with Image.open(tmp_path / "speech.png") as picture:
+        assert picture.height > 500  # three spectrograms
+
+
+def test_a_voice_that_chooses_no_codes_says_the_clip_alone(speaking, tmp_path):
+    engine = kimi_mm.load(speaking)
+    engine.model.backbone.audio = None
+    lines = speak_clip(engine, min(read_clips(), key=lambda row: row["seconds"]), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resynth.wav", "speech.png"]
+    assert len(lines) == 2
 
 
 def test_shipped_recordings_carry_their_attribution():

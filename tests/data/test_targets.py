@@ -138,10 +138,24 @@ def test_synthesised_targets_are_complete_and_belong_to_their_plan(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("target-*.npy")) == [
         "target-00000.heard.npy",
         "target-00000.npy",
+        "target-00000.pitch.npy",
         "target-00001.heard.npy",
         "target-00001.npy",
+        "target-00001.pitch.npy",
     ]
     found = TargetLoader(TargetDataConfig(folders=(str(tmp_path),), row_seconds=2.0, batch_rows=1), 0)
+    batch = next(iter(found))
+    pitch, wave = batch.pitch[0], batch.targets[0].double()
+    checked = 0
+    for frame in np.flatnonzero((pitch > 90) & (pitch < 400))[5:-5]:
+        # A stretch of steady voice looks like itself a period later, and not half a period later.
+        period, at = 24_000 / float(pitch[frame]), int(frame) * 240 - 480
+        if abs(pitch[frame - 3] - pitch[frame + 3]) < 0.03 * pitch[frame] and at + 2400 < len(wave) and at > 0:
+            stretch = [wave[at + shift : at + shift + 720] for shift in (0, round(period), round(period / 2))]
+            same, half = (float(torch.nn.functional.cosine_similarity(stretch[0], other, 0)) for other in stretch[1:])
+            checked += same > max(0.6, half)
+            checked -= same < 0.3
+    assert checked >= 5
     assert {item.speaker.rpartition("-")[0] for item in found.utterances} == {"hibari", "hibari-morph"}
     assert synthesise(plan, tmp_path, 1, per_shard=4, kind=TARGETS).hours == report.hours
     with pytest.raises(UserError, match="another plan"):

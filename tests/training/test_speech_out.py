@@ -123,13 +123,13 @@ def test_gradients_of_vocoder_and_discriminators_are_kept_apart(targets):
     torch.manual_seed(1)
     losses = objective(batch, True)
     weights = objective.config
-    made = weights.mel_weight * losses["mel"] + weights.stft_weight * losses["stft"]
+    made = weights.mel_weight * losses["mel"] + weights.stft_weight * losses["stft"] + losses["pitch"]
     made = made + weights.adversarial_weight * losses["generator"] + weights.feature_weight * losses["features"]
     for parameters, own, other in ((vocoder, made, losses["discriminator"]), (judges, losses["discriminator"], made)):
         assert all(g is None for g in gradients(other, parameters))
         for a, b in zip(gradients(losses["loss"], parameters), gradients(own, parameters), strict=True):
             assert torch.allclose(a, b, atol=1e-6)
-    assert set(objective(batch, False)) == {"loss", "mel", "stft"}
+    assert set(objective(batch, False)) == {"loss", "mel", "stft", "pitch"}
 
 
 def test_distances_vanish_for_equal_waves_and_grow_with_the_difference():
