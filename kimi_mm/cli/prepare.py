@@ -71,6 +71,9 @@ def prepare(
         ),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Of synthesis; default: one per core.")] = None,
+    voices: Annotated[
+        str, typer.Option(help="Synthesisers of training speech and questions: hibari, flite, espeak, with commas.")
+    ] = "hibari,flite,espeak",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Prepare training and test data; goes on where it was interrupted."""
@@ -82,7 +85,9 @@ def prepare(
     from kimi_mm.data.art import ART
     from kimi_mm.data.prepare import TEXTS, human_shards
     from kimi_mm.data.prepare import prepare as run
+    from kimi_mm.data.voices import training_weights
 
+    weights = training_weights(voices.split(","))
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
     from_text = (DataKind.eval, DataKind.speech, DataKind.targets, DataKind.dialogs, DataKind.eval_speech)
     needs_text = kinds[0] in from_text and not (data / TEXTS).exists()
@@ -100,6 +105,7 @@ def prepare(
                 texts=data / TEXTS if step in from_text else None,
                 hours=hours,
                 count=count,
+                voice_weights=weights if step in (DataKind.speech, DataKind.dialogs) else None,
                 processes=processes,
                 tools=tools,
                 art=data / "art" if step in (DataKind.scenes, DataKind.programs) else None,

@@ -21,7 +21,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,19 @@ TRAINING_WEIGHTS: dict[str, float] = {
     "espeak-morph": 0.10,
 }
 VOICES = (*TRAINING_WEIGHTS, *UNSEEN)
+
+
+def training_weights(engines: Sequence[str]) -> dict[str, float]:
+    """Returns the mixture of training voices of some synthesisers: "hibari", "flite", "espeak".
+
+    Raises:
+        VoiceError: an engine is unknown.
+    """
+    known = {name.partition("-")[0] for name in TRAINING_WEIGHTS}
+    for engine in engines:
+        if engine not in known:
+            raise VoiceError(f"Unknown synthesiser '{engine}'; known are {', '.join(sorted(known))}.")
+    return {name: weight for name, weight in TRAINING_WEIGHTS.items() if name.partition("-")[0] in engines}
 
 
 @dataclass(frozen=True)

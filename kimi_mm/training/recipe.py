@@ -111,7 +111,8 @@ class Recipe(Config):
         stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
         cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
         token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
-        anneal_by_time: the schedule follows the clock to `time_limit_seconds` where that is further than the steps.
+        anneal_by_time: the schedule, `augment_from` included, follows the clock to `time_limit_seconds` where that is
+            further than the steps.
         text_share: share of the steps of the asr, vision and speech stages that train on text alone.
         speech_share: share of the steps of the vision and speech stages that train on speech recognition.
         tts_share: share of the steps of the speech stage that read sentences out; the rest answers in dialogs.
@@ -177,6 +178,8 @@ class Recipe(Config):
             raise ConfigError(f"seed={self.seed} must not be negative.")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision='{self.precision}' must be fp32 or bf16.")
+        if self.anneal_by_time and self.time_limit_seconds <= 0:
+            raise ConfigError("anneal_by_time: needs time_limit_seconds above 0.")
         if self.cuda_graphs and self.gradient_accumulation > 1:
             raise ConfigError("cuda_graphs: not possible with gradient_accumulation above 1; choose one.")
         if self.weights not in ("fp32", "fp16", "int8"):

@@ -204,7 +204,7 @@ class Trainer:
             self.parallel.seed(self.step, number)
             with self.parallel.accumulating(last=number == self.parallel.micro_batches - 1):
                 with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                    losses = self.parallel.step(batch, self.step >= recipe.augment_from * recipe.steps)
+                    losses = self.parallel.step(batch, self._progress() >= recipe.augment_from * recipe.steps)
                 (losses["loss"] / self.parallel.micro_batches).backward()
             parts.append({name: value.detach() for name, value in losses.items()})
         self.parallel.finish_gradients()

@@ -49,6 +49,8 @@ def test_all(kimi, tmp_path, calls):
 def test_refusals(kimi, tmp_path):
     assert kimi("prepare", "pictures").code == 2
     assert kimi("prepare", "speech", "--hours", 0).code == 2
+    unknown = kimi("prepare", "speech", "--voices", "hibari,dogs", "--data", tmp_path / "data")
+    assert unknown.complaints == ["kimi-mm: Unknown synthesiser 'dogs'; known are espeak, flite, hibari."]
     (tmp_path / "plain").write_text("")
     result = kimi("prepare", "text", "--data", tmp_path / "plain")
     assert (result.code, len(result.complaints)) == (1, 1)

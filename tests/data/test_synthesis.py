@@ -18,6 +18,7 @@ from kimi_mm.data.voices import (
     make_voice,
     parse_wav,
     scale_pitch,
+    training_weights,
     warp_axis,
 )
 from kimi_mm.errors import UserError
@@ -41,6 +42,13 @@ def test_plan_uses_every_sentence_before_any_twice_and_keeps_test_voices_out() -
     assert plan != make_plan(SENTENCES, count=100, seed=2)
     assert len(make_plan(SENTENCES)) == 40
     assert 0.04 < len(make_plan(SENTENCES, hours=0.05)) * 3.1 / 3600 < 0.06
+
+
+def test_voices_of_some_synthesisers() -> None:
+    assert training_weights(["hibari", "flite", "espeak"]) == TRAINING_WEIGHTS
+    assert set(training_weights(["hibari"])) == {"hibari-heart", "hibari-morph"}
+    with pytest.raises(VoiceError, match="'festival'"):
+        training_weights(["hibari", "festival"])
 
 
 def test_plans_that_would_spoil_a_test_are_refused() -> None:
