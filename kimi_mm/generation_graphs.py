@@ -81,7 +81,7 @@ class Slot:
             self._step()  # kernels are compiled and libraries loaded before the capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
             self._output = self._step()
         self._graph = graph
         self.cache.fill(cache)

@@ -289,6 +289,9 @@ class Trainer:
             return None
         plain = Model(model.config)
         plain.load_state_dict(tensors)
+        learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(learns[name])
         return plain
 
     # ---- state -------------------------------------------------------------------------------------------------

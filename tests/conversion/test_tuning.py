@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from tests.conversion.test_parity import qwen2
 from tests.conversion.tiny import KIMI_K25, KIMI_LINEAR, kimi_audio, text_model, write_vocabulary
 
 IDS = {"vocab_size": 163_840, "eos_token_id": 163_586}  # the real number, so that the roles have their ids
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["steps=2", "save_every=2", "optim.lr=2e-2", "optim.warmup_steps=0", "data.batch_positions=200"]
 
 
@@ -280,6 +284,19 @@ def test_four_bit_experts(places, tmp_path, lora):
     assert not any(name.endswith("_shape") for name in names)
     assert any("self_attn" in name for name in names)
     kimi_mm.load(tmp_path / "back", weights="int8")
+
+
+def test_two_processes_leave_what_they_did_not_train(places, tmp_path):
+    """FSDP2 gathers the whole model in fp32; frozen experts are written from their four bits all the same."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kimi_mm"]
+    command += ["train", "sft/kimi-linear", "--debug", "--model", str(places["kimi-k25"]), "-o", str(tmp_path / "run")]
+    command += ["--data", str(places["chat"]), *QUICK, "gradient_accumulation=2", "parallel.data=fsdp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = moved(places["kimi-k25"], convert(tmp_path / "run", tmp_path / "back"))
+    kinds = {name.split(".")[-2] for name in names}
+    assert kinds == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
