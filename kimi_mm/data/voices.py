@@ -35,10 +35,11 @@ ESPEAK_VARIANTS = ("en-us", "en-us+f2", "en-us+f3", "en-us+f4", "en-us+m2", "en-
 ESPEAK_VARIANTS += ("en-gb", "en-gb-x-rp+f2", "en-gb-x-rp+m7", "en-us+croak")
 ESPEAK_ACCENTS = ("en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
 _TIMBRES = """
-    Alex Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike Nguyen Storm
-    Tweaky adam anika announcer antonio aunty belinda benjamin boris croak david ed edward edward2 f1 f2 f3 f4 f5
-    grandma grandpa gustave iven iven2 iven3 john kaukovalta klatt klatt2 klatt3 klatt5 linda m1 m2 m3 m4 m5 m6 m7 m8
-    marcelo max michel miguel norbert pablo paul pedro quincy rob robert sandro shelby steph steph2 travis victor zac
+    Alex Alicia Andrea Andy Annie AnxiousAndy Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike
+    Nguyen RicishayMax RicishayMax2 RicishayMax3 Storm Tweaky adam anika announcer antonio aunty belinda benjamin boris
+    croak david ed edward edward2 f1 f2 f3 f4 f5 grandma grandpa gustave iven iven2 iven3 iven4 john kaukovalta
+    klatt klatt2 klatt3 klatt4 klatt5 linda m1 m2 m3 m4 m5 m6 m7 m8 marcelo max michel miguel norbert pablo paul
+    pedro quincy rob robert sandro shelby steph steph2 steph3 travis victor whisper whisperf zac
 """
 ESPEAK_TIMBRES = tuple(_TIMBRES.split())
 TRACT_SCALES = (0.86, 1.18)  # of the sample rate; 1.18 is a vocal tract 15 % shorter
@@ -55,14 +56,14 @@ SEEN_WEIGHTS: dict[str, float] = {
     **{f"espeak-{variant}": 0.06 / len(ESPEAK_VARIANTS) for variant in ESPEAK_VARIANTS},
 }
 TRAINING_WEIGHTS: dict[str, float] = {
-    "hibari-heart": 0.08,
-    "hibari-morph": 0.52,
+    "hibari-heart": 0.06,
+    "hibari-morph": 0.42,
     "flite-rms": 0.05,
     "flite-slt": 0.05,
     "flite-kal16": 0.03,
-    "flite-morph": 0.08,
-    **{f"espeak-{variant}": 0.09 / len(ESPEAK_VARIANTS) for variant in ESPEAK_VARIANTS},
-    "espeak-morph": 0.10,
+    "flite-morph": 0.13,
+    **{f"espeak-{variant}": 0.08 / len(ESPEAK_VARIANTS) for variant in ESPEAK_VARIANTS},
+    "espeak-morph": 0.18,
 }
 VOICES = (*TRAINING_WEIGHTS, *UNSEEN)
 
@@ -229,11 +230,14 @@ class _Espeak:
         speaker = f"{rng.choice(ESPEAK_ACCENTS)}+{rng.choice(ESPEAK_TIMBRES)}"
         rate = _draw_rate(ESPEAK_RATE, rng)
         pace, pitch = round(rng.integers(120, 200) * ESPEAK_RATE / rate), int(rng.integers(15, 85))
-        wave, _ = self._speak(speaker, text, pace, pitch)
-        return Speech(wave, rate, f"{speaker},wpm={pace},pitch={pitch},rate={rate}")
+        gap = int(rng.choice([0, 0, 0, 1, 2, 4]))
+        wave, _ = self._speak(speaker, text, pace, pitch, gap)
+        return Speech(wave, rate, f"{speaker},wpm={pace},pitch={pitch},gap={gap},rate={rate}")
 
-    def _speak(self, speaker: str, text: str, pace: int, pitch: int) -> tuple[np.ndarray, int]:
-        command = [self.program, "-v", speaker, "-s", str(pace), "-p", str(pitch), "--stdout", "--", text]
+    def _speak(self, speaker: str, text: str, pace: int, pitch: int, gap: int = 0) -> tuple[np.ndarray, int]:
+        """Speaks at `pace` words a minute, `pitch` from 0 to 99, with `gap` times 10 ms between words."""
+        command = [self.program, "-v", speaker, "-s", str(pace), "-p", str(pitch)]
+        command += [*(["-g", str(gap)] if gap else []), "--stdout", "--", text]
         return parse_wav(_run(command, self.environment))
 
 

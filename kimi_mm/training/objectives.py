@@ -184,7 +184,7 @@ class SpeechTextObjective(nn.Module):
         codes = tokenizer.quantize(features, _valid_codes(lengths, waves.shape[1])).codes
         rows = feature_row.clamp_min(0)
         shown = feature_row >= 0
-        codes, features = codes.gather(1, rows), _gather_rows(features, rows)
+        codes, features = codes.gather(1, rows), self._noisy(_gather_rows(features, rows))
         size = len(waves)
         no_features = torch.rand(size, 1, device=waves.device) < drop
         no_codes = (torch.rand(size, 1, device=waves.device) < drop) & ~no_features
@@ -193,6 +193,14 @@ class SpeechTextObjective(nn.Module):
         gone = F.max_pool1d(starts.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
         audio_ids = torch.where(shown & ~no_codes & ~gone, codes + self.config.vocab.audio_offset, audio_ids)
         return audio_ids, features, shown & ~no_features & ~gone
+
+    def _noisy(self, features: torch.Tensor) -> torch.Tensor:
+        """Adds noise to features [..., F], in proportion to the size of each row."""
+        share = self.recipe.feature_noise if self.training else 0.0
+        if not share:
+            return features
+        size = features.square().mean(-1, keepdim=True).sqrt()
+        return features + share * size * torch.randn_like(features)
 
 
 def _teacher_features(teacher: AudioEncoder, tokenizer: AudioTokenizer, waves: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ from kimi_mm.text.expert_parallel import ExpertPlace
 from kimi_mm.text.mlp import DenseMLP
 from kimi_mm.text.moe import Experts, Router
 from kimi_mm.training.document_objective import DocumentObjective
-from kimi_mm.training.recipe import Recipe
+from kimi_mm.training.recipe import MIXED, Recipe
 from kimi_mm.training.sharding import expert_places, local
 
 
@@ -94,7 +94,7 @@ class TrainingStep(nn.Module):
             batch = replace(batch, **ids, labels=labels)
         if not isinstance(batch, TextBatch):
             losses = self.objective(batch, augmented)
-        elif self.recipe.stage in ("asr", "vision", "speech"):
+        elif self.recipe.stage in MIXED:
             losses = self.objective.text_losses(batch)  # type: ignore[operator]
         else:
             losses = self.objective(batch)

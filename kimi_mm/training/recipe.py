@@ -28,7 +28,8 @@ from kimi_mm.training.speech_out_config import (
 )
 from kimi_mm.training.vision_config import SceneDataConfig
 
-STAGES = ("tokenizer", "text", "asr", "vision", "detokenizer", "vocoder", "pretrain", "sft", "speech")
+STAGES = ("tokenizer", "text", "asr", "vision", "detokenizer", "vocoder", "pretrain", "sft", "speech", "joint")
+MIXED = ("asr", "vision", "speech", "joint")  # stages whose steps are dealt to sources by shares
 DOCUMENTS = ("pretrain", "sft")  # stages on data that users bring
 SPEECH_OUT = ("detokenizer", "vocoder")
 
@@ -99,7 +100,8 @@ class Recipe(Config):
     Args:
         stage: "tokenizer" (encoder distillation and quantizer), "text" (language model), "asr" (speech to text),
             "vision" (questions about pictures), "detokenizer" (codes to mel by flow matching), "vocoder" (mel to wave),
-            "pretrain" and "sft" (documents and conversations of the section `data`), "speech" (spoken answers).
+            "pretrain" and "sft" (documents and conversations of the section `data`), "speech" (spoken answers), "joint"
+            (speech, vision and asr at once).
         model: model file below `recipes/`, for instance "models/nano.yaml" ("": the model of `init`).
         detokenizer: file of the detokenizer that the model gets, below `recipes/` ("": what the model file says).
         init: checkpoint folder to start from, or the name of a shipped one ("" starts from random weights). "sft" and
@@ -113,9 +115,12 @@ class Recipe(Config):
         token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
         anneal_by_time: the schedule, `augment_from` included, follows the clock to `time_limit_seconds` where that is
             further than the steps.
-        text_share: share of the steps of the asr, vision and speech stages that train on text alone.
-        speech_share: share of the steps of the vision and speech stages that train on speech recognition.
-        tts_share: share of the steps of the speech stage that read sentences out; the rest answers in dialogs.
+        text_share: share of the steps of the asr, vision, speech and joint stages that train on text alone.
+        speech_share: share of the steps of the vision, speech and joint stages that train on speech recognition.
+        tts_share: share of the steps of the speech and joint stages that read sentences out.
+        scene_share: share of the steps of the joint stage that answer about pictures. What the shares leave answers in
+            dialogs (speech, joint) or about pictures (vision).
+        feature_noise: standard deviation of noise on the continuous features that are heard, as a share of their size.
         audio_weight: weight of the codes of spoken answers beside their text.
         freeze_backbone: the vision stage trains tower and projector only, and leaves the rest bit for bit as it was.
         freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; what makes
@@ -147,6 +152,7 @@ class Recipe(Config):
     text_share: float = 0.15
     speech_share: float = 0.0
     tts_share: float = 0.0
+    scene_share: float = 0.0
     audio_weight: float = 1.0
     freeze_backbone: bool = False
     freeze: tuple[str, ...] = ()
@@ -155,6 +161,7 @@ class Recipe(Config):
     weights: str = "fp16"
     ctc_weight: float = 0.3
     feature_dropout: float = 0.1
+    feature_noise: float = 0.0
     token_corruption: float = 0.0
     label_smoothing: float = 0.05
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -186,8 +193,10 @@ class Recipe(Config):
             raise ConfigError(f"weights='{self.weights}' must be fp32, fp16 or int8.")
         if self.freeze_backbone and (self.stage != "vision" or self.text_share or self.speech_share):
             raise ConfigError("freeze_backbone: for the vision stage with text_share and speech_share 0 only.")
-        if self.text_share + self.speech_share + self.tts_share > 1 + 1e-6:
-            raise ConfigError("text_share, speech_share and tts_share add up to more than 1.")
+        if self.text_share + self.speech_share + self.tts_share + self.scene_share > 1 + 1e-6:
+            raise ConfigError("text_share, speech_share, tts_share and scene_share add up to more than 1.")
+        if self.scene_share and self.stage != "joint":
+            raise ConfigError(f"scene_share={self.scene_share}: for the joint stage only.")
         if self.freeze_backbone and self.optim.optimizer == "muonclip":
             raise ConfigError("freeze_backbone: QK-clip would change the backbone; choose optimizer adamw.")
         if (self.freeze or self.lora) and self.stage not in DOCUMENTS:

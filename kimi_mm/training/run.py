@@ -38,8 +38,9 @@ from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.training.document_objective import DocumentObjective
 from kimi_mm.training.documents import hear_all, open_documents, with_files
 from kimi_mm.training.freezing import merge_lora
+from kimi_mm.training.joint_objective import JointObjective
 from kimi_mm.training.objectives import build_objective
-from kimi_mm.training.recipe import DOCUMENTS, SPEECH_OUT, Recipe, load_recipe
+from kimi_mm.training.recipe import DOCUMENTS, MIXED, SPEECH_OUT, Recipe, load_recipe
 from kimi_mm.training.speech_out import build_speech_out
 from kimi_mm.training.spoken_objective import SpokenObjective
 from kimi_mm.training.vision_objective import VisionObjective
@@ -112,12 +113,13 @@ def train(
         net.audio.encoder.load_state_dict(teacher.state_dict())
     speech = _speech(settings, processor)
     heard = speech.shards.utterances if isinstance(speech, SpeechLoader) else []
-    if settings.stage in ("asr", "vision", "speech") and not all(item.text for item in heard):
+    if settings.stage in MIXED and not all(item.text for item in heard):
         folders = ", ".join(settings.speech.folders)
         raise CheckpointError(f"{folders}: holds speech without transcripts; the {settings.stage} stage needs text.")
-    needs_text = settings.stage == "text" or (settings.stage in ("asr", "vision", "speech") and settings.text_share > 0)
+    needs_text = settings.stage == "text" or (settings.stage in MIXED and settings.text_share > 0)
     text = TextLoader(settings.text, processor, settings.seed) if needs_text else None
-    scenes = SceneLoader(settings.scenes, processor, settings.seed) if settings.stage == "vision" else None
+    draws = settings.stage == "vision" or settings.scene_share > 0
+    scenes = SceneLoader(settings.scenes, processor, settings.seed) if draws else None
     if settings.stage in SPEECH_OUT:
         objective = build_speech_out(net, settings)
     elif settings.stage in DOCUMENTS:
@@ -127,6 +129,8 @@ def train(
         objective = VisionObjective(net, settings)
     elif settings.stage == "speech":
         objective = SpokenObjective(net, settings)
+    elif settings.stage == "joint":
+        objective = JointObjective(net, settings)
     else:
         objective = build_objective(net, settings, teacher)
     net.to(own_device())
@@ -163,14 +167,14 @@ def _model(recipe: Recipe, config: ModelConfig, start: PublishedStart | None) ->
         # A voice, eyes, or a branch that speaks, may be given to a model that had none.
         speaks = ("detokenizer.", "backbone.audio.", "backbone.audio_head.")
         new = {"vision": ("vision.",), "speech": speaks, **dict.fromkeys(SPEECH_OUT, ("detokenizer.",))}
-        new |= dict.fromkeys(DOCUMENTS, ("vision.", *speaks))
+        new |= dict.fromkeys((*DOCUMENTS, "joint"), ("vision.", *speaks))
         load_tensors(model, Path(recipe.init), optional=new.get(recipe.stage, ()))
     return model
 
 
 def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader | None:
     """Opens the loader that the stage's sound comes from."""
-    if recipe.stage in ("text", *DOCUMENTS) or (recipe.stage in ("vision", "speech") and not recipe.speech_share):
+    if recipe.stage in ("text", *DOCUMENTS) or (recipe.stage in MIXED[1:] and not recipe.speech_share):
         return None
     if recipe.stage in SPEECH_OUT:
         return TargetLoader(recipe.target, recipe.seed)
@@ -178,10 +182,10 @@ def _speech(recipe: Recipe, processor: Processor) -> SpeechLoader | TargetLoader
 
 
 def _spoken(recipe: Recipe, processor: Processor) -> dict[str, SpokenLoader]:
-    """Opens the loaders of sentences and of dialogs, as far as the stage "speech" has shares for them."""
-    if recipe.stage != "speech":
+    """Opens the loaders of sentences and of dialogs, as far as the stages "speech" and "joint" have shares for them."""
+    if recipe.stage not in ("speech", "joint"):
         return {}
-    dialogs = 1 - recipe.text_share - recipe.speech_share - recipe.tts_share > 1e-6
+    dialogs = 1 - recipe.text_share - recipe.speech_share - recipe.tts_share - recipe.scene_share > 1e-6
     wanted = {"sentences": False} if recipe.tts_share else {}
     wanted |= {"dialogs": True} if dialogs else {}
     return {name: SpokenLoader(recipe.spoken, processor, recipe.seed, dialogs=kind) for name, kind in wanted.items()}

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from kimi_mm.training.recipe import DOCUMENTS, OptimConfig, Recipe
+from kimi_mm.training.recipe import DOCUMENTS, MIXED, OptimConfig, Recipe
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
@@ -34,13 +34,16 @@ def source_of_step(recipe: Recipe, step: int) -> str:
         return "text"
     if recipe.stage in DOCUMENTS:
         return "documents"
-    main = {"vision": "scenes", "speech": "dialogs"}.get(recipe.stage, "speech")
-    if recipe.stage not in ("asr", "vision", "speech"):
+    main = {"vision": "scenes", "speech": "dialogs", "joint": "dialogs"}.get(recipe.stage, "speech")
+    if recipe.stage not in MIXED:
         return main
     draw = np.random.default_rng((recipe.seed, step)).random()
-    if draw < recipe.text_share:
-        return "text"
-    if draw < recipe.text_share + recipe.speech_share:
-        return "speech"
-    reads = recipe.stage == "speech" and draw < recipe.text_share + recipe.speech_share + recipe.tts_share + 1e-6
-    return "sentences" if reads else main
+    shares = {"text": recipe.text_share, "speech": recipe.speech_share}
+    if recipe.stage in ("speech", "joint"):
+        shares |= {"sentences": recipe.tts_share, "scenes": recipe.scene_share}
+    end = 0.0
+    for name, share in shares.items():
+        end += share
+        if share and draw < (end + 1e-6 if end > 1 - 1e-6 else end):
+            return name
+    return main

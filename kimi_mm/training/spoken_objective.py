@@ -124,4 +124,4 @@ class SpokenObjective(SpeechTextObjective):
         drop = self.recipe.feature_dropout if self.training else 0.0
         kept = torch.rand(len(audio_ids), 1, device=audio_ids.device) >= drop
         audio_ids = torch.where(shown, codes.flatten()[at] + self.config.vocab.audio_offset, audio_ids)
-        return audio_ids, features.flatten(0, 1)[at], shown & kept
+        return audio_ids, self._noisy(features.flatten(0, 1)[at]), shown & kept

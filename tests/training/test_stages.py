@@ -8,7 +8,18 @@ from tests.training import spread
 from tests.training.processes import together
 from tests.training.test_parallel import assert_same
 
-STAGES = ["tokenizer", "asr", "vision", "vision/nano-joint", "vocoder", "detokenizer", "speech", "pretrain", "sft"]
+STAGES = [
+    "tokenizer",
+    "asr",
+    "vision",
+    "vision/nano-joint",
+    "vocoder",
+    "detokenizer",
+    "speech",
+    "joint",
+    "pretrain",
+    "sft",
+]
 LORA = ("lora={rank: 2}", "weights=fp32")
 
 
