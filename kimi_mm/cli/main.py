@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kimi_mm import __version__
+from kimi_mm.cli.chain import chain
 from kimi_mm.cli.chat import TurnsInOrder, chat
 from kimi_mm.cli.check_data import check_data
 from kimi_mm.cli.convert import convert
@@ -49,6 +50,7 @@ app.command()(plan)
 app.command()(prepare)
 app.command("check-data")(check_data)
 app.command()(train)
+app.command()(chain)
 app.command()(report)
 
 

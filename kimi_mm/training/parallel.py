@@ -151,8 +151,8 @@ class Parallel:
         if config.expert > 1 and self.backbone is None:
             raise ConfigError(f"parallel.expert={config.expert}: stage '{recipe.stage}' trains no experts.")
         config.check_world(self.world, None if moe is None else moe.num_experts, recipe.gradient_accumulation)
-        if self.world > 1 and recipe.anneal_by_time:
-            raise ConfigError("anneal_by_time: the clocks of several processes differ; train in one, or by steps.")
+        if self.world > 1 and recipe.train_seconds:
+            raise ConfigError("train_seconds: the clocks of several processes differ; train in one, or by steps.")
         if config.context > 1 and recipe.stage != "text":
             raise ConfigError(f"parallel.context={config.context}: only the text stage cuts its rows.")
         self.groups = self.world // config.context

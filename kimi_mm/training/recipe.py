@@ -113,8 +113,8 @@ class Recipe(Config):
         stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
         cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
         token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
-        anneal_by_time: the schedule, `augment_from` included, follows the clock to `time_limit_seconds` where that is
-            further than the steps.
+        train_seconds: of training in all, over however many starts: the schedule, `augment_from` included, follows this
+            clock where it is further than the steps, and the run ends when they are spent (0: steps alone count).
         text_share: share of the steps of the asr, vision, speech and joint stages that train on text alone.
         speech_share: share of the steps of the vision, speech and joint stages that train on speech recognition.
         tts_share: share of the steps of the speech and joint stages that read sentences out.
@@ -146,7 +146,7 @@ class Recipe(Config):
     gradient_accumulation: int = 1
     save_every: int = 500
     log_every: int = 20
-    anneal_by_time: bool = False
+    train_seconds: float = 0.0
     stop_after: int = 0
     time_limit_seconds: float = 0.0  # 0: none; otherwise the run saves and stops before it
     text_share: float = 0.15
@@ -181,12 +181,12 @@ class Recipe(Config):
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ConfigError(f"stage='{self.stage}' must be one of {', '.join(STAGES)}.")
+        if min(self.train_seconds, self.time_limit_seconds) < 0:
+            raise ConfigError("train_seconds and time_limit_seconds must not be negative.")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must not be negative.")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision='{self.precision}' must be fp32 or bf16.")
-        if self.anneal_by_time and self.time_limit_seconds <= 0:
-            raise ConfigError("anneal_by_time: needs time_limit_seconds above 0.")
         if self.cuda_graphs and self.gradient_accumulation > 1:
             raise ConfigError("cuda_graphs: not possible with gradient_accumulation above 1; choose one.")
         if self.weights not in ("fp32", "fp16", "int8"):

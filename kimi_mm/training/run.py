@@ -149,7 +149,8 @@ def train(
             size = sum(file.stat().st_size for file in (output / "model").glob("*.safetensors"))
         else:
             size = save_checkpoint(output / "model", trained, tokenizer, weights=settings.weights)
-        summary = json.dumps({"step": trainer.step, **numbers}, indent=1) + "\n"
+        reached = {"step": trainer.step, "finished": trainer.finished, "seconds": round(trainer.seconds, 1)}
+        summary = json.dumps({**reached, **numbers}, indent=1) + "\n"
         write_aside(output / "summary.json", summary.encode())
         log.info("wrote %s (%.1f MiB)", output / "model", size / 2**20)
     from_main(lambda: None)  # no process leaves while the first still writes

@@ -135,6 +135,7 @@ class Trainer:
         self.asked = False  # this process was asked to stop
         self.stopped = False  # all processes stop after this step
         self.started = 0.0
+        self.spent = 0.0  # seconds of training in earlier starts
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -149,6 +150,7 @@ class Trainer:
         sources = {
             n: Prefetcher(self.parallel.deal(loader)) for n, loader in self.loaders.items() if loader is not None
         }
+        self.stopped = self.finished
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _in_main_thread() else None
         curves = Curves(self.run) if self.parallel.main else None
         window: list[dict[str, torch.Tensor]] = []
@@ -175,6 +177,8 @@ class Trainer:
                     if self.step == recipe.stop_after:
                         self.stopped = True
                     if recipe.time_limit_seconds and time.monotonic() - self.started > recipe.time_limit_seconds:
+                        self.asked = True
+                    if self.finished:
                         self.asked = True
                     if self.asked and self.parallel.world == 1:  # several processes agree on it during a step
                         self.stopped = True
@@ -264,10 +268,19 @@ class Trainer:
 
     def _progress(self) -> int:
         """Returns the step that the schedule is at; by the clock, where the recipe says so and that is further."""
-        if not self.recipe.anneal_by_time or self.step < self.recipe.optim.warmup_steps:
+        if not self.recipe.train_seconds or self.step < self.recipe.optim.warmup_steps:
             return self.step
-        share = (time.monotonic() - self.started) / self.recipe.time_limit_seconds
-        return max(self.step, int(share * self.recipe.steps))
+        return max(self.step, int(self.seconds / self.recipe.train_seconds * self.recipe.steps))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those of earlier starts included."""
+        return self.spent + time.monotonic() - self.started
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is at its end: all its steps are taken, or its seconds spent."""
+        return self.step >= self.recipe.steps or 0 < self.recipe.train_seconds <= self.seconds
 
     def _to_device(self, batch: Any) -> Any:
         device = self.parallel.device
@@ -300,6 +313,7 @@ class Trainer:
         """Writes a checkpoint; if that fails, goes on with the older ones, unless nothing would come after."""
         extra = {
             "step": self.step,
+            "seconds": self.seconds,
             "guard": self.guard.state_dict(),
             "loaders": {name: source.state for name, source in sources.items()},
             "python_rng": list(random.getstate()[1]),
@@ -329,7 +343,8 @@ class Trainer:
         else:
             extra = read_any(path, self.objective, self.optimizer, self.names)
         self.step = extra["step"]
-        if "guard" in extra:  # checkpoints from before there was one
+        self.spent = extra.get("seconds", 0.0)  # checkpoints of 0.1 have neither of the two
+        if "guard" in extra:
             self.guard.load_state_dict(extra["guard"])
         for name, state in extra["loaders"].items():
             loader = self.loaders[name]

@@ -129,7 +129,7 @@ def test_processes_killed_while_saving(alone, tmp_path):
         (["gradient_accumulation=3"], "multiple of 2"),
         (["parallel.expert=3"], "parallel.expert=3 does not divide"),
         (["parallel={context: 2}", "text.row_tokens=33"], "33 positions"),
-        (["anneal_by_time=true", "time_limit_seconds=100"], "anneal_by_time"),
+        (["train_seconds=100"], "train_seconds"),
     ],
 )
 def test_what_cannot_be_spread_is_said(overrides, named, tmp_path):

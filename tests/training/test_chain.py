@@ -1,0 +1,101 @@
+"""Chains of stages: nano v1 rehearsed from nothing at debug size, the clock over several starts, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import kimi_mm
+from kimi_mm.checkpoint import load_checkpoint
+from kimi_mm.cli.main import run as cli
+from kimi_mm.config import ConfigError
+from kimi_mm.errors import UserError
+from kimi_mm.evaluation.run_report import read_run
+from kimi_mm.generation_speech import SpeechSampling
+from kimi_mm.training.chain import ChainConfig, load_chain, run_chain
+from kimi_mm.training.recipe import load_recipe, recipes_root
+from kimi_mm.training.run import train
+
+CHAINS = sorted(path.stem for path in (recipes_root() / "chains").glob("*.yaml"))
+
+
+def test_nano_v1_from_a_clean_folder(tmp_path):
+    """Every sitting on a new machine, which gets the models of the stages that it needs and nothing else."""
+    chain = load_chain("nano-v1")
+    stages = [stage.name for sitting in chain.sittings for stage in sitting.stages]
+    for number, sitting in enumerate(chain.sittings):
+        here, before = tmp_path / str(number), tmp_path / str(number - 1)
+        for stage in {stage.start for stage in sitting.stages} - {""} - {stage.name for stage in sitting.stages}:
+            shutil.copytree(before / stage / "model", here / stage / "model")
+            shutil.copy(before / stage / "summary.json", here / stage / "summary.json")
+        assert run_chain(chain, here, sitting=sitting.name, debug=True)
+    last = tmp_path / str(len(chain.sittings) - 1) / stages[-1] / "model"
+    first, _ = load_checkpoint(tmp_path / "0" / stages[0] / "model")
+    final, _ = load_checkpoint(last)
+    for name, tensor in first.audio.state_dict().items():  # ears stayed as they were, but for rounding to int8
+        torch.testing.assert_close(tensor, final.audio.state_dict()[name], rtol=0.05, atol=0.05, msg=name)
+    engine = kimi_mm.load(last)
+    assert isinstance(engine.describe(Image.new("RGB", (40, 40), "red"), "What is it?", max_tokens=4), str)
+    sampling = SpeechSampling(max_text_tokens=6, max_audio_codes=8, min_audio_codes=2)
+    assert len(engine.speak("one two", sampling=sampling))
+    assert isinstance(engine.transcribe(torch.sin(torch.arange(16_000) / 20)).text, str)
+
+
+def test_a_run_ends_by_its_clock_over_several_starts(tmp_path):
+    clock = ["steps=100000", "train_seconds=5.0", "log_every=1", "save_every=100000", "optim.warmup_steps=1"]
+    train("text/nano", debug=True, output=tmp_path, overrides=[*clock, "stop_after=2"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert not summary["finished"]
+    assert summary["seconds"] > 0
+    train("text/nano", debug=True, output=tmp_path, overrides=clock)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"]
+    assert 2 < summary["step"] < 100_000
+    assert summary["seconds"] >= 5.0
+    rates = read_run(tmp_path)["lr"]
+    assert rates[0][1] == max(rate for _, rate in rates)
+    assert rates[-1][1] < rates[0][1]  # the schedule went on by the clock
+    train("text/nano", debug=True, output=tmp_path, overrides=clock)  # and there is nothing more to do
+    assert json.loads((tmp_path / "summary.json").read_text())["step"] == summary["step"]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_recipes_and_keys_of_a_chain_are_known(name):
+    for sitting in load_chain(name).sittings:
+        for stage in sitting.stages:
+            recipe, _ = load_recipe(stage.recipe, overrides=[*stage.overrides, "init="])
+            assert recipe.steps > 1000
+
+
+def one(**changes) -> dict:
+    stage = {"name": "a", "recipe": "text/nano", "seconds": 60}
+    return {"sittings": [{"name": "s", "minutes": 2, "stages": [{**stage, **changes}]}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (one(seconds=121), "more than 2 minutes"),
+        (one(start="b"), "no stage before it"),
+        (one(recepi="x"), "recepi"),
+        ({"sittings": one()["sittings"] * 2}, "'a' is there twice"),
+    ],
+)
+def test_bad_chains_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        ChainConfig.from_dict(values)
+
+
+def test_what_a_sitting_lacks_is_said(tmp_path, capsys):
+    with pytest.raises(UserError, match="bring its folder here"):
+        run_chain(load_chain("nano-v1"), tmp_path, sitting="eyes", debug=True)
+    with pytest.raises(UserError, match="no sitting 'nose'; there are ears"):
+        run_chain(load_chain("nano-v1"), tmp_path, sitting="nose", debug=True)
+    with pytest.raises(ConfigError, match="Known: nano-v1"):
+        load_chain("nano-v9")
+    with pytest.raises(SystemExit) as stopped:  # too short for anything: to be given again
+        cli(["chain", "nano-v1", "--debug", "--minutes", "0.1", "--work", str(tmp_path)])
+    assert stopped.value.code == 75
+    assert "give the command again" in capsys.readouterr().err
