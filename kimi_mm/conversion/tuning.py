@@ -109,7 +109,7 @@ def published_start(source: str | Path, audio_tokenizer: str | Path | None = Non
     Raises:
         CheckpointError: names the file, and the tensor where there is one.
     """
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in (ORIGIN, "config.json")):
+    if Path(source).is_dir() and not is_published(source):
         return None
     folder, glm = resolve(source, audio_tokenizer)
     if (folder / ORIGIN).is_file():
@@ -120,6 +120,11 @@ def published_start(source: str | Path, audio_tokenizer: str | Path | None = Non
     opened = open_published(folder, glm)
     companions = {name: companion_path(opened, name, glm) for name in opened.companions}
     return PublishedStart(folder, opened.layout, opened.config, tuple(plan(opened)), companions)
+
+
+def is_published(folder: str | Path) -> bool:
+    """Tells whether a folder holds a published model, as downloaded or converted."""
+    return any((Path(folder) / name).is_file() for name in (ORIGIN, "config.json"))
 
 
 def widen(model: Model) -> None:

@@ -252,13 +252,17 @@ def load_recipe(name: str, *, debug: bool = False, overrides: list[str] | None =
 
 def _model_of(recipe: Recipe) -> ModelConfig:
     """The config of what a recipe starts from; a published model that is known by name is not downloaded for it."""
-    path = Path(recipe.init) / "config.yaml"
-    if recipe.stage not in DOCUMENTS or path.is_file():
-        return ModelConfig.from_yaml(path)
     from kimi_mm.conversion.hub import is_repository
     from kimi_mm.conversion.presets import PRESETS
-    from kimi_mm.conversion.tuning import published_start
+    from kimi_mm.conversion.tuning import is_published, published_start
 
+    path = Path(recipe.init) / "config.yaml"
+    if recipe.stage not in DOCUMENTS and is_published(recipe.init):
+        raise ConfigError(
+            f"init: published models are trained by the stages {' and '.join(DOCUMENTS)} only, not '{recipe.stage}'."
+        )
+    if path.is_file():
+        return ModelConfig.from_yaml(path)
     for preset in PRESETS.values():
         if is_repository(recipe.init) and recipe.init in preset.repositories:
             return preset.config

@@ -327,6 +327,8 @@ def test_bad_starts_and_ways_back(places, tuned, tmp_path):
     common = {"debug": True, "output": tmp_path / "run", "data": [places["turns"]]}
     with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
         train("sft/kimi-audio", model=tmp_path / "nothing", **common)
+    with pytest.raises(ConfigError, match="trained by the stages pretrain and sft only, not 'text'"):
+        train("text/nano", output=tmp_path / "run", model=places["kimi-audio"])
     with pytest.raises(ConfigError, match="'vision' is not a part of this model; it has audio, features, embed"):
         train("sft/kimi-audio", model=places["kimi-audio"], overrides=["freeze=[vision]"], **common)
     with pytest.raises(CheckpointError, match="goes back to the layout 'kimi-audio', not to 'kimi-linear'"):
