@@ -45,7 +45,7 @@ def routes(service: Service) -> APIRouter:
         "/v1/audio/speech",
         summary="Speak a text",
         response_class=Response,
-        responses=answers("The speech, as it is made.", None, sounds("audio/wav", "audio/pcm", "audio/flac")),
+        responses=answers("The speech, as it is made.", None, sounds("audio/pcm", *MEDIA_TYPES.values())),
     )
     async def speech(body: SpeechRequest) -> Response:
         service.check_model(body.model)
