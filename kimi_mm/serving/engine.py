@@ -1,13 +1,15 @@
-"""The engine: one thread owns the model; everything that wants it hands work in and gets events back.
+"""The engine: one thread decodes and one listens; everything that wants the model hands work in and gets events back.
 
-    handlers (event loop) ──► call(f)          one computation: tokenizing a recording, reading a picture
+    handlers (event loop) ──► call(f)          one computation: tokenizing a recording   ──► listener thread
                           ──► text(row)        a row of the running batch: ids as they are chosen
                           ──► speech(row)      a row that speaks: ids, codes and waves
                                   │
-    engine thread:  calls ─► drop what was cancelled ─► admit what fits ─► one step of the batch ─► voices ─┐
-                      ▲                                                                                     │
-                      └─────────────────────────────────────────────────────────────────────────────────────┘
+    engine thread:  drop what was cancelled ─► admit what fits ─► one step of the batch ─► voices ─┐
+                      ▲                                                                            │
+                      └────────────────────────────────────────────────────────────────────────────┘
 
+The audio tokenizer belongs to the listener and all else to the engine's thread, so that recordings are tokenized while
+rows decode: on two cores, eight chats about recordings take two thirds of the time.
 A `Ticket` is one piece of work as its asker sees it: an async iterator of events. Leaving it cancels the work, and the
 row's memory is free before the next step.
 """
@@ -20,6 +22,7 @@ import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -77,7 +80,7 @@ class Engine:
     """Runs a model for many askers at once.
 
     Args:
-        model: used by this engine's thread alone from now on.
+        model: used by this engine's threads alone from now on.
         cache_bytes: memory for the caches of rows that decode together.
         max_rows: most of them.
         reuse_bytes: memory for states that are kept from turn to turn.
@@ -97,19 +100,25 @@ class Engine:
         self.batch = RunningBatch(model, cache_bytes, max_rows, reuse_bytes)
         self.steps = self.tokens = 0
         self._wake = threading.Condition()
-        self._calls: collections.deque[tuple[Callable[[], Any], Ticket[Any]]] = collections.deque()
+        self._calls = 0
         self._waiting: collections.deque[tuple[Row, Ticket[Any]]] = collections.deque()
         self._tickets: dict[int, Ticket[Any]] = {}  # of running rows, by id(row)
         self._closed = False
+        self._listener = ThreadPoolExecutor(1, "kimi-mm-listener", self._limit_threads)
         self._thread = threading.Thread(target=self._run, name="kimi-mm-engine", daemon=True)
         self._thread.start()
 
     # ---- what handlers call, on the event loop -----------------------------------------------------------------
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Runs one computation on the engine's thread and returns its result; a cancelled one is not started."""
-        async with self._hand_in(lambda ticket: self._calls.append((work, ticket))) as ticket:
-            return await ticket.__anext__()
+        """Runs one computation beside the rows and returns its result; a cancelled one is not started."""
+        if self._closed:
+            raise _closing()
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._listener, work)
+        finally:
+            self._calls -= 1
 
     def text(self, row: Row) -> contextlib.AbstractAsyncContextManager[Ticket[int]]:
         """Opens a row: a ticket of its ids; when they end, `row.stop_reason` says why.
@@ -136,7 +145,7 @@ class Engine:
         ticket: Ticket[T] = Ticket()
         with self._wake:
             if self._closed:
-                raise EngineClosed("the server is shutting down.")
+                raise _closing()
             put(ticket)
             self._wake.notify()
         try:
@@ -150,11 +159,12 @@ class Engine:
             self._wake.notify()
 
     def close(self) -> None:
-        """Ends the thread; whatever is still open gets `EngineClosed`."""
+        """Ends the threads; whatever is still open gets `EngineClosed`."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+        self._listener.shutdown(cancel_futures=True)
 
     @property
     def running(self) -> int:
@@ -163,24 +173,24 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Rows that wait for room, and computations that wait for their turn."""
-        return len(self._waiting) + len(self._calls)
+        """Rows that wait for room, and computations that are not done."""
+        return len(self._waiting) + self._calls
 
     # ---- the thread --------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        # OpenMP counts threads for every thread that calls it, so this must be said here.
+    def _limit_threads(self) -> None:
+        # OpenMP counts threads for every thread that calls it, so each of ours must say this.
         torch.set_num_threads(self.threads or max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+
+    def _run(self) -> None:
+        self._limit_threads()
         while True:
             with self._wake:
                 self._wake.wait_for(self._has_work)
                 if self._closed:
                     break
-                call = self._calls.popleft() if self._calls else None
                 self._leave()
                 admitted = self._next_rows()
-            if call is not None:
-                self._answer(*call)
             if admitted:
                 self._admit(admitted)
             if self.batch.rows:
@@ -188,7 +198,7 @@ class Engine:
         self._refuse_all()
 
     def _has_work(self) -> bool:
-        return bool(self._closed or self._calls or self._waiting or self.batch.rows)
+        return bool(self._closed or self._waiting or self.batch.rows)
 
     def _leave(self) -> None:
         """Frees everything whose asker has gone."""
@@ -266,19 +276,12 @@ class Engine:
             self._tickets.pop(key).put(error)
         self.batch.drop([row for row in self.batch.rows if id(row) in rows])
 
-    @staticmethod
-    def _answer(work: Callable[[], Any], ticket: Ticket[Any]) -> None:
-        if ticket.cancelled:
-            return
-        try:
-            ticket.put(work())
-        except Exception as error:
-            ticket.put(error)
-
     def _refuse_all(self) -> None:
-        error = EngineClosed("the server is shutting down.")
-        tickets = [*self._tickets.values(), *(t for _, t in self._calls)]
-        for ticket in [*tickets, *(t for _, t in self._waiting)]:
-            ticket.put(error)
+        for ticket in [*self._tickets.values(), *(ticket for _, ticket in self._waiting)]:
+            ticket.put(_closing())
         self.batch.drop(list(self.batch.rows))
         self._tickets.clear()
+
+
+def _closing() -> EngineClosed:
+    return EngineClosed("the server is shutting down.")
