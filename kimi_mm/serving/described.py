@@ -170,8 +170,12 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 EVENTS = {
     "text/event-stream": {
-        "schema": {"type": "string", "description": "With stream=true: events of JSON as OpenAI's, then [DONE]."},
-        "itemSchema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]},
+        "itemSchema": {
+            "type": "object",
+            "description": "With stream=true: events whose data is JSON as OpenAI's, then [DONE].",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+        },
     }
 }
 
