@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kimi_mm.audio.segment import split_at_silence
+from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.generation import TextSampling
 from kimi_mm.pipeline import SAMPLE_RATE, second_hearing, transcription_budget
 from kimi_mm.processing import AudioClip
@@ -50,20 +51,25 @@ async def transcribe(engine: Engine, wave: np.ndarray, seconds: float) -> Transc
 
 
 async def transcribe_stream(
-    engine: Engine, wave: np.ndarray, seconds: float
+    engine: Engine, wave: np.ndarray, seconds: float, tokens: AudioTokens | None = None
 ) -> AsyncGenerator[str | Segment | Transcript, None]:
     """Yields text as it is recognised, each `Segment` when its text is whole, and at last the `Transcript` of them all.
 
     What was said cannot be taken back, so a piece that runs away ends where it began to repeat itself.
+
+    Args:
+        wave, seconds: as for `transcribe`.
+        tokens: of the whole recording, where they are known.
     """
     pieces = split_at_silence(wave)
+    known = tokens if pieces == [(0, len(wave))] else None
     texts: list[str] = []
     ahead: list[asyncio.Queue[str | BaseException | None]] = [asyncio.Queue() for _ in pieces]
     turns = asyncio.Semaphore(PIECES_AT_ONCE)
 
     async def one(number: int) -> None:
         try:
-            async with turns, aclosing(_hear_stream(engine, wave[slice(*pieces[number])])) as stream:
+            async with turns, aclosing(_hear_stream(engine, wave[slice(*pieces[number])], known)) as stream:
                 async for text in stream:
                     ahead[number].put_nowait(text)
             ahead[number].put_nowait(None)
@@ -103,21 +109,21 @@ async def _hear(engine: Engine, wave: np.ndarray, retry: bool = True) -> str:
     return engine.model.processor.tokenizer.decode(row.ids)
 
 
-async def _hear_stream(engine: Engine, wave: np.ndarray) -> AsyncGenerator[str, None]:
+async def _hear_stream(engine: Engine, wave: np.ndarray, tokens: AudioTokens | None) -> AsyncGenerator[str, None]:
     pieces = TextPieces(engine.model.processor.tokenizer)
-    async with engine.text(await _row(engine, wave)) as ids:
+    async with engine.text(await _row(engine, wave, tokens)) as ids:
         async for token in ids:
             if text := pieces.push(token):
                 yield text
 
 
-async def _row(engine: Engine, wave: np.ndarray) -> Row:
-    def tokenize() -> AudioClip:
+async def _row(engine: Engine, wave: np.ndarray, tokens: AudioTokens | None = None) -> Row:
+    def tokenize() -> AudioTokens:
         with torch.inference_mode():
-            tokens = engine.model.tokenizer.encode(wave, SAMPLE_RATE)
-        return AudioClip(tokens.codes, tokens.features)
+            return engine.model.tokenizer.encode(wave, SAMPLE_RATE)
 
-    clip = await engine.call(tokenize)
+    tokens = tokens or await engine.call(tokenize)
+    clip = AudioClip(tokens.codes, tokens.features)
     streams = engine.model.processor.transcription(len(clip.codes))
     return Row(Prompt(streams, [clip]), TextSampling(max_tokens=min(256, transcription_budget(wave))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from kimi_mm.audio.io import read_audio, to_mono_16k
+from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.cli.demo import CLIPS, read_clips
 from kimi_mm.evaluation.wer import word_error_rate
 from kimi_mm.generation_speech import SpeechSampling
+from kimi_mm.serving.engine import Engine
 from kimi_mm.serving.realtime.ears import Began, Ears, Ended
+from kimi_mm.serving.realtime.listener import Listener
 from kimi_mm.serving.realtime.wire import ServerVad
 from kimi_mm.types import CodePiece, TextPiece, WavePiece
 
@@ -113,6 +117,35 @@ def test_ears_end_a_turn_that_never_ends_and_ignore_noise():
     lengths = [len(event.wave) / 16_000 for event in events if isinstance(event, Ended)]
     assert len(lengths) >= 2
     assert max(lengths) < 2.1
+
+
+@pytest.mark.parametrize("piece", [480, 30_000])
+def test_turns_are_tokenized_while_they_are_said(able, piece):
+    """However a turn comes in, its tokens are those of the whole."""
+    wave = np.concatenate([quiet(0.4), *[speech()] * 2, quiet(1.0)])
+    data = (wave * 32767).astype("<i2").tobytes()
+    engine = Engine(able)
+
+    async def listen() -> tuple[np.ndarray, AudioTokens, int]:
+        ears, listener, early = Ears(60), None, 0
+        for at in range(0, len(data), 2 * piece):
+            for event in ears.push(data[at : at + 2 * piece], ServerVad(silence_duration_ms=800)):
+                if isinstance(event, Began):
+                    listener = Listener(engine, asyncio.ensure_future)
+                else:
+                    assert listener is not None
+                    early = len(listener.pieces)
+                    return event.wave, await listener.end(event.wave), early
+            if listener is not None:
+                listener.feed(ears.so_far)
+        raise AssertionError("the turn did not end")
+
+    turn, tokens, early = asyncio.run(listen())
+    engine.close()
+    whole = able.tokenizer.encode(turn)
+    assert torch.equal(tokens.codes, whole.codes)
+    assert torch.equal(tokens.features, whole.features)
+    assert early > 4
 
 
 def test_nano_hears_a_turn_and_answers_it(nano):

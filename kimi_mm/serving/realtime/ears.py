@@ -66,6 +66,11 @@ class Ears:
         """Samples in the buffer."""
         return len(self._buffer)
 
+    @property
+    def so_far(self) -> np.ndarray:
+        """The turn that goes on, [S] at 16 kHz; empty when nobody speaks."""
+        return self._buffer[self._turn - (self.position - self.held) :] if self.speaking else self._buffer[:0]
+
     def push(self, data: bytes, vad: ServerVad | None) -> list[Began | Ended]:
         """Takes 16-bit samples and returns what they decide, in order.
 

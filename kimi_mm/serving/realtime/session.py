@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import anyio
 import numpy as np
-import torch
 
 from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.pipeline import SAMPLE_RATE
@@ -33,6 +32,7 @@ from kimi_mm.serving.realtime import wire
 from kimi_mm.serving.realtime.answer import Answer
 from kimi_mm.serving.realtime.conversation import Conversation, Item, Part
 from kimi_mm.serving.realtime.ears import PER_MS, Began, Ears, Ended
+from kimi_mm.serving.realtime.listener import Listener
 from kimi_mm.serving.realtime.outbox import Outbox
 from kimi_mm.serving.service import Service
 from kimi_mm.serving.speaking import speaks
@@ -61,6 +61,7 @@ class Session:
         self.ears = Ears(service.config.turn_seconds)
         self.answer: Answer | None = None
         self._next_item = wire.new_id("item")  # of the user's turn that goes on
+        self._listener: Listener | None = None  # to that turn, once it has begun
         self._tasks: set[asyncio.Task] = set()
 
     def open(self) -> None:
@@ -146,6 +147,7 @@ class Session:
         for heard in self.ears.push(data, vad):
             assert vad is not None
             if isinstance(heard, Began):
+                self._listener = Listener(self.service.engine, self._start)
                 milliseconds = heard.start // PER_MS
                 self.send("input_audio_buffer.speech_started", audio_start_ms=milliseconds, item_id=self._next_item)
                 if vad.interrupt_response and self.answer is not None and self.answer.in_conversation:
@@ -156,22 +158,27 @@ class Session:
                 self._take_turn(heard.wave)
                 if vad.create_response and self.settings.type == "realtime" and self.answer is None:
                     self._answer(wire.Asked())
+        if self._listener is not None:
+            self._listener.feed(self.ears.so_far)
 
     async def _commit(self, event: wire.Commit) -> None:
         if self.ears.held < SHORTEST_MS * PER_MS:
             raise ApiError(
                 400, f"the buffer holds less than {SHORTEST_MS} ms of sound.", code="input_audio_buffer_commit_empty"
             )
+        self._listener = None  # which began later than the buffer
         self._take_turn(self.ears.commit())
 
     async def _clear(self, event: wire.Clear) -> None:
         self.ears.clear()
+        self._listener = None
         self.send("input_audio_buffer.cleared")
 
     def _take_turn(self, wave: np.ndarray) -> None:
         """Makes an item of what was said, and has it tokenized and, where that is wished for, written down."""
         name, self._next_item = self._next_item, wire.new_id("item")
-        part = Part("input_audio", tokens=self._tokenize(wave))
+        listener, self._listener = self._listener, None
+        part = Part("input_audio", tokens=self._tokenize(wave, listener))
         item = Item(name, "user", [part])
         before = self.conversation.add(item)
         self.send("input_audio_buffer.committed", item_id=name, previous_item_id=before)
@@ -179,22 +186,18 @@ class Session:
         if self.settings.audio.input.transcription is not None or self.settings.type == "transcription":
             self._start(self._transcribe(item, part, wave))
 
-    def _tokenize(self, wave: np.ndarray) -> asyncio.Task[AudioTokens]:
-        tokenizer = self.service.model.tokenizer
+    def _tokenize(self, wave: np.ndarray, listener: Listener | None = None) -> asyncio.Task[AudioTokens]:
         self.service.metrics.audio.inc(len(wave) / SAMPLE_RATE)
-
-        def encode() -> AudioTokens:
-            with torch.inference_mode():
-                return tokenizer.encode(wave, SAMPLE_RATE)
-
-        return self._start(self.service.engine.call(encode))
+        return (listener or Listener(self.service.engine, self._start)).end(wave)
 
     async def _transcribe(self, item: Item, part: Part, wave: np.ndarray) -> None:
         kind, place = "conversation.item.input_audio_transcription", {"item_id": item.id, "content_index": 0}
         seconds = len(wave) / SAMPLE_RATE
         try:
             with anyio.fail_after(self.service.config.request_seconds):
-                hearing = transcribe_stream(self.service.engine, wave, seconds)
+                assert part.tokens is not None
+                tokens = await asyncio.shield(part.tokens)
+                hearing = transcribe_stream(self.service.engine, wave, seconds, tokens)
                 async with self.service.gate.enter(), aclosing(hearing) as news:
                     async for piece in news:
                         if isinstance(piece, str):
