@@ -122,10 +122,12 @@ async def _row(engine: Engine, wave: np.ndarray, tokens: AudioTokens | None = No
         with torch.inference_mode():
             return engine.model.tokenizer.encode(wave, SAMPLE_RATE)
 
+    kept = tokens is not None  # what is known already may have been read, too
     tokens = tokens or await engine.call(tokenize)
     clip = AudioClip(tokens.codes, tokens.features)
     streams = engine.model.processor.transcription(len(clip.codes))
-    return Row(Prompt(streams, [clip]), TextSampling(max_tokens=min(256, transcription_budget(wave))))
+    sampling = TextSampling(max_tokens=min(256, transcription_budget(wave)))
+    return Row(Prompt(streams, [clip]), sampling, kept=kept)
 
 
 def _transcript(pieces: list[tuple[int, int]], texts: list[str], seconds: float) -> Transcript:

@@ -300,3 +300,14 @@ def test_who_may_connect(tiny):
         pass
     with pytest.raises(Exception, match="404"), tiny.client().realtime.connect(model="other"):
         pass
+
+
+def test_an_answer_that_is_cancelled_at_once_still_ends(tiny):
+    with talk(tiny) as session:
+        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": LONG_ANSWERED}]}
+        session.connection.conversation.item.create(item=item)  # type: ignore[arg-type]
+        for _ in range(5):
+            session.connection.response.create()
+            session.connection.response.cancel()
+            assert session.until("response.done").response.status == "cancelled"
+    tiny.wait_until("kimi_mm_rows_running", 0)

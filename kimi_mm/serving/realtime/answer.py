@@ -51,7 +51,8 @@ class Answer:
         self.item = Item(wire.new_id("item"), "assistant", [self.part], "in_progress")
         self.row: Row | None = None
         self._reason: str | None = None  # why it was cancelled
-        self._announced = self._heard = False
+        self.begun = asyncio.Event()  # its prompt has been read, or it has ended
+        self._announced = self._heard = self._told = False
         self._prompt = 0  # positions
         self._begun = time.monotonic()
         self._send("response.created", response=self._wire("in_progress", None, []))
@@ -64,6 +65,8 @@ class Answer:
         self.session.outbox.unsay(self.id)
         self.task.cancel()
         await asyncio.wait([self.task])
+        if not self._told:  # it was cancelled before it could begin
+            self._end("cancelled", {"type": "cancelled", "reason": reason})
 
     async def _run(self) -> None:
         status, details = "completed", {"type": "completed"}
@@ -144,6 +147,7 @@ class Answer:
 
     def _take(self, event: TextPiece | CodePiece | WavePiece) -> None:
         self._announce()
+        self.begun.set()
         if not self._heard and isinstance(event, WavePiece if self.aloud else TextPiece):
             self._heard = True
             self.session.service.metrics.turn.observe(time.monotonic() - self._begun)
@@ -170,6 +174,8 @@ class Answer:
         self._send("response.content_part.added", **self._place(), part=self._part())
 
     def _end(self, status: str, details: dict[str, Any]) -> None:
+        self._told = True
+        self.begun.set()
         if status == "completed":
             self._announce()
         if self._announced:

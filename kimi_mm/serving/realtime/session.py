@@ -197,6 +197,8 @@ class Session:
             with anyio.fail_after(self.service.config.request_seconds):
                 assert part.tokens is not None
                 tokens = await asyncio.shield(part.tokens)
+                if self.answer is not None:  # which comes first, and whose reading of the turn may serve here too
+                    await self.answer.begun.wait()
                 hearing = transcribe_stream(self.service.engine, wave, seconds, tokens)
                 async with self.service.gate.enter(), aclosing(hearing) as news:
                     async for piece in news:
