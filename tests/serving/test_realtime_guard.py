@@ -135,7 +135,7 @@ def frame(opcode: int, payload: bytes, masked: bool = True, final: bool = True) 
         (frame(1, b'{"type"', final=False), None),
     ],
     # Masks are drawn at random; processes that share the tests must call them by the same names.
-    ids=["no UTF-8", "unmasked", "reserved code", "long ping", "nothing to continue", "too long", "noise", "unfinished"],
+    ids=["text", "unmasked", "reserved code", "long ping", "nothing to continue", "too long", "noise", "unfinished"],
 )
 def test_bad_frames_close_cleanly(tiny, data, code):
     with socket.create_connection(tiny.address, timeout=20) as raw:
