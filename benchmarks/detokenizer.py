@@ -4,6 +4,7 @@ Random weights of a preset. Codes are pushed one by one into all streams at once
 measured is the time from the push that completes the first chunk to its sound (p50, p90, p99 over rounds), and the
 computing time of whole utterances over the duration of all their sound.
 
+    python -m benchmarks.detokenizer --cpu-time    # where other programs run: processor seconds, of one thread
     python -m benchmarks.detokenizer --preset kimi-audio --device cuda --bf16 --graphs
     python -m benchmarks.detokenizer --preset kimi-audio --device cuda --bf16 --set first_chunk_codes=8
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,8 +36,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true", help="DiT and BigVGAN in bf16")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, not the wall clock")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="streaming settings, such as steps=8")
     options = parser.parse_args()
+    if options.cpu_time and options.device != "cpu":
+        parser.error("--cpu-time: for the device cpu only.")
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     detokenizer = build(options)
     print(
         f"{options.preset} on {_device_name(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} "
@@ -44,8 +52,8 @@ def main() -> None:
     )
     print(f"{'streams':>8} {'first sound, ms: p50':>22} {'p90':>8} {'p99':>8} {'real-time factor':>18}")
     for count in options.streams:
-        measure(detokenizer, count, options.codes)
-        rounds = [measure(detokenizer, count, options.codes) for _ in range(options.rounds)]
+        measure(detokenizer, count, options.codes, clock)
+        rounds = [measure(detokenizer, count, options.codes, clock) for _ in range(options.rounds)]
         p50, p90, p99 = np.percentile([first * 1e3 for first, _ in rounds], (50, 90, 99))
         factor = float(np.median([total for _, total in rounds]))
         print(f"{count:>8} {p50:>22.1f} {p90:>8.1f} {p99:>8.1f} {factor:>18.4f}")
@@ -68,7 +76,9 @@ def build(options: argparse.Namespace) -> Detokenizer:
     return detokenizer.use_cuda_graphs(options.graphs)
 
 
-def measure(detokenizer: Detokenizer, count: int, codes: int) -> tuple[float, float]:
+def measure(
+    detokenizer: Detokenizer, count: int, codes: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
     """Speaks `count` utterances at once; returns seconds to the first sound, and computing time over sound."""
     size = detokenizer.config.dit.codebook_size
     rows = torch.randint(0, size, (count, codes), generator=torch.Generator().manual_seed(count)).tolist()
@@ -76,12 +86,12 @@ def measure(detokenizer: Detokenizer, count: int, codes: int) -> tuple[float, fl
     _wait(detokenizer)
     first, total, samples = 0.0, 0.0, 0
     for place in range(codes + 1):
-        start = time.perf_counter()
+        start = clock()
         pieces = [row[place : place + 1] for row in rows]
         waves = advance(streams, pieces, final=place == codes)
         if any(len(wave) for wave in waves):
             _wait(detokenizer)
-        took = time.perf_counter() - start
+        took = clock() - start
         total += took
         samples += sum(len(wave) for wave in waves)
         if samples and not first:
