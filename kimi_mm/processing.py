@@ -117,7 +117,14 @@ class ModelInputs:
     def to(self, device: torch.device | str) -> ModelInputs:
         """Moves every tensor to a device, but for `grid_thw`, which the host reads."""
         tensors = {name: value for name, value in vars(self).items() if value is not None and name != "grid_thw"}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        return replace(self, **{name: move(tensor, device) for name, tensor in tensors.items()})
+
+
+def move(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copies a tensor to a device; from the host to a GPU without waiting for what the GPU is at."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Shapes: B rows, T positions, L labels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,26 +21,26 @@ import torch
 
 from kimi_mm.data.document_config import DataSourceConfig
 from kimi_mm.data.documents import GROUPS, Document, DocumentMaker
+from kimi_mm.data.loader import NOT_MINE
 from kimi_mm.data.packing import best_fit, bucket
 from kimi_mm.data.rows import Rows
 from kimi_mm.errors import UserError
-from kimi_mm.processing import IGNORE, ModelInputs, Processor, Streams
+from kimi_mm.processing import IGNORE, ModelInputs, Processor, Streams, move
 
 
 @dataclass
 class DocumentBatch:
     """Documents and what to learn from them.
 
-    `labels` [L] are the text ids to predict, `positions` [L] where, counted over the flattened rows, `label_groups` [L]
-    the number of each one's group in `group_names`, `label_counts` how many labels each group has. `audio_labels` [A]
-    are the ids of the audio stream to predict at `audio_positions` [A]. `used` positions are no padding; `documents` is
-    how many there are.
+    `labels` [L] are the text ids to predict, `positions` [L] where, counted over the flattened rows. They lie group by
+    group in the order of `group_names`; `label_counts` says how many each group has, on the host, so that nobody has to
+    ask the device. `audio_labels` [A] are the ids of the audio stream to predict at `audio_positions` [A]. `used`
+    positions are no padding; `documents` is how many there are.
     """
 
     inputs: ModelInputs
     positions: torch.Tensor
     labels: torch.Tensor
-    label_groups: torch.Tensor
     audio_positions: torch.Tensor
     audio_labels: torch.Tensor
     group_names: tuple[str, ...]
@@ -50,7 +51,7 @@ class DocumentBatch:
     def to(self, device: torch.device | str) -> DocumentBatch:
         """Moves all tensors to a device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        moved = {name: move(tensor, device) for name, tensor in tensors.items()}
         return replace(self, inputs=self.inputs.to(device), **moved)
 
 
@@ -99,6 +100,10 @@ class DocumentLoader:
         if not self.sources:
             raise UserError("data.sources: there is not a single sample to train on.")
         self.maker, self.pack, self.look_ahead, self.seed = maker, pack, look_ahead, seed
+        self.group, self.groups = (
+            0,
+            1,
+        )  # of every `groups` batches number `group` is made, NOT_MINE stands for the others
         longest = max(int(source.lengths.max()) for source in self.sources)
         total = sum(int(source.lengths.sum()) for source in self.sources)
         self.capacity = min(batch_positions, max(longest, total))
@@ -132,8 +137,11 @@ class DocumentLoader:
         self._pools = state["pools"]
 
     def __iter__(self) -> Iterator[DocumentBatch]:
-        while True:
+        for number in itertools.cycle(range(self.groups)):
             row = self.next_row()
+            if number != self.group:
+                yield NOT_MINE
+                continue
             documents = [self._read(source, number) for source, number in row]
             named = [self.sources[source].config.name for source, _ in row]
             yield collate(documents, self.maker.processor, self.pack, self.names, named)
@@ -223,7 +231,9 @@ def collate(
     inputs.text_labels = inputs.audio_labels = None
     label_groups = torch.from_numpy(group_at)[text[0]]
     counts = tuple(torch.bincount(label_groups, minlength=len(names)).tolist())
-    return DocumentBatch(inputs, *text, label_groups, *audio, names, counts, used=sum(lengths), documents=len(rows))
+    order = label_groups.argsort(stable=True)
+    text = tuple(part[order] for part in text)
+    return DocumentBatch(inputs, *text, *audio, names, counts, used=sum(lengths), documents=len(rows))
 
 
 def _labelled(labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

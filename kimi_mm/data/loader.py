@@ -9,6 +9,7 @@ Shapes: B rows, S samples of the bucket, N = S / 1280 codes, T positions of the 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import queue
 import threading
@@ -29,6 +30,7 @@ from kimi_mm.training.recipe import SpeechDataConfig, TextDataConfig
 
 SAMPLE_RATE = 16_000
 SAMPLES_PER_CODE = 1280
+NOT_MINE: Any = None  # stands for a batch that another process makes
 CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"
 PROMPT_POSITIONS = 6  # user_start, media_begin, media_end, continue_text, msg_end, assistant_start
 
@@ -110,16 +112,27 @@ class SpeechShards:
 
 
 class _Place:
-    """Where a loader is: the next batch is number `cursor` of `epoch`."""
+    """Where a loader is: the next batch is number `cursor` of `epoch`.
+
+    Of every `groups` batches in a row only number `group` is made; NOT_MINE stands for the others, which other
+    processes make (`kimi_mm.training.parallel.Dealt`).
+    """
 
     epoch = 0
     cursor = 0
+    group = 0
+    groups = 1
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+    def _mine(self) -> Iterator[bool]:
+        """Yields for each batch, from where the iteration begins, whether it is to be made here."""
+        for number in itertools.cycle(range(self.groups)):
+            yield number == self.group
 
 
 class SpeechLoader(_Place):
@@ -136,13 +149,15 @@ class SpeechLoader(_Place):
         self._spelled: dict[int, np.ndarray] = {}
 
     def __iter__(self) -> Iterator[SpeechBatch]:
+        mine = self._mine()
         while True:
             plan = self._plan(self.epoch)
             if not plan:
                 raise CheckpointError(f"{', '.join(self.config.folders)}: too few utterances for a single batch.")
             while self.cursor < len(plan):
                 bucket, rows = plan[self.cursor]
-                batch = self._batch(bucket, rows, np.random.default_rng((self.seed, self.epoch, self.cursor)))
+                rng = np.random.default_rng((self.seed, self.epoch, self.cursor))
+                batch = self._batch(bucket, rows, rng) if next(mine) else NOT_MINE
                 self.cursor += 1
                 yield batch
             self.epoch, self.cursor = self.epoch + 1, 0

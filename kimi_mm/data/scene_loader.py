@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from kimi_mm.config import ConfigError, VocabConfig
 from kimi_mm.data.art import Art
-from kimi_mm.data.loader import _Place
+from kimi_mm.data.loader import NOT_MINE, _Place
 from kimi_mm.data.questions import Asker, Question
 from kimi_mm.data.scenes import KINDS, compose, fits
 from kimi_mm.processing import IGNORE, Processor, Streams
@@ -203,21 +203,25 @@ class SceneLoader(_Place):
             yield batch
 
     def _drawn_here(self) -> Iterator[SceneBatch]:
-        while True:
-            yield self._drawer.draw(self.cursor)
+        for mine in self._mine():
+            yield self._drawer.draw(self.cursor) if mine else NOT_MINE
 
     def _drawn_by_workers(self, processes: int) -> Iterator[SceneBatch]:
         settings = (self.config, self._vocab, self._tokenizer, self.seed)
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker, initargs=settings)
-        ahead: deque[Future] = deque()
-        number = self.cursor
+        ahead: deque[Future | None] = deque()
+        number, mine = self.cursor, self._mine()
         try:
             while True:
-                while len(ahead) < 2 * processes:
-                    ahead.append(pool.submit(_draw, number))
+                while len(ahead) < 2 * processes * self.groups:
+                    ahead.append(pool.submit(_draw, number) if next(mine) else None)
                     number += 1
-                arrays, grids = ahead.popleft().result()
+                future = ahead.popleft()
+                if future is None:
+                    yield NOT_MINE
+                    continue
+                arrays, grids = future.result()
                 yield SceneBatch(*(torch.from_numpy(array) for array in arrays), grids=grids)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kimi_mm.data.dialog_sets import read_dialogs
-from kimi_mm.data.loader import SAMPLE_RATE, SAMPLES_PER_CODE, SpeechShards, _Place
+from kimi_mm.data.loader import NOT_MINE, SAMPLE_RATE, SAMPLES_PER_CODE, SpeechShards, _Place
 from kimi_mm.data.target_loader import TargetShards
 from kimi_mm.data.targets import CANONICAL, TARGET_RATE
 from kimi_mm.errors import CheckpointError
@@ -103,6 +103,7 @@ class SpokenLoader(_Place):
             raise CheckpointError(f"{', '.join(folders)}: holds nothing in the voice '{CANONICAL}' that could be said.")
 
     def __iter__(self) -> Iterator[SpokenBatch]:
+        mine = self._mine()
         while True:
             plan = self._plan(self.epoch)
             if not plan:
@@ -110,7 +111,7 @@ class SpokenLoader(_Place):
             while self.cursor < len(plan):
                 seconds, rows = plan[self.cursor]
                 self.cursor += 1
-                yield self._batch(seconds, rows)
+                yield self._batch(seconds, rows) if next(mine) else NOT_MINE
             self.epoch, self.cursor = self.epoch + 1, 0
 
     def _fits(self, text: str, samples: int) -> bool:

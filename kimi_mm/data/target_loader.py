@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kimi_mm.data.loader import _Place
+from kimi_mm.data.loader import NOT_MINE, _Place
 from kimi_mm.data.manifest import read_rows
 from kimi_mm.data.shards import KEYS
 from kimi_mm.data.targets import CANONICAL, PITCH_HOP, TARGET_RATE, TARGETS, pitch_frames
@@ -105,7 +105,7 @@ class TargetLoader(TargetShards, _Place):
         self.row = config.row_codes * SAMPLES_PER_CODE
 
     def __iter__(self) -> Iterator[TargetBatch]:
-        size = self.config.batch_rows
+        size, mine = self.config.batch_rows, self._mine()
         while True:
             rows = self._plan(self.epoch)
             if len(rows) < size:
@@ -115,7 +115,8 @@ class TargetLoader(TargetShards, _Place):
                 )
             while (self.cursor + 1) * size <= len(rows):
                 chosen = rows[self.cursor * size : (self.cursor + 1) * size]
-                batch = self._batch(chosen, np.random.default_rng((self.seed, self.epoch, self.cursor)))
+                rng = np.random.default_rng((self.seed, self.epoch, self.cursor))
+                batch = self._batch(chosen, rng) if next(mine) else NOT_MINE
                 self.cursor += 1
                 yield batch
             self.epoch, self.cursor = self.epoch + 1, 0

@@ -62,11 +62,11 @@ class DocumentObjective(nn.Module):
         weight = self._head(self.backbone.lm_head)
         losses: Losses = {}
         total = picked.new_zeros((), dtype=torch.float32)
-        for number, name in enumerate(batch.group_names):
-            if batch.label_counts[number]:
-                chosen = (batch.label_groups == number).nonzero()[:, 0]
-                losses[name] = self._loss(picked.index_select(0, chosen), weight, batch.labels.index_select(0, chosen))
-                total = total + losses[name] * (batch.label_counts[number] / len(batch.labels))
+        parts = zip(picked.split(batch.label_counts), batch.labels.split(batch.label_counts), strict=True)
+        for name, count, (hidden, labels) in zip(batch.group_names, batch.label_counts, parts, strict=True):
+            if count:
+                losses[name] = self._loss(hidden, weight, labels)
+                total = total + losses[name] * (count / len(batch.labels))
         if len(batch.audio_labels):
             if output.audio_hidden is None:
                 raise ConfigError("the data has speech to learn, but the model has no audio head.")

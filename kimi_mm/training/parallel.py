@@ -102,10 +102,14 @@ class TrainingStep(nn.Module):
 
 
 class Dealt:
-    """A loader of which every data group keeps one micro-batch in `groups`; its state is the same on all ranks."""
+    """A loader of which every data group keeps one micro-batch in `groups`; its state is the same on all ranks.
+
+    What other groups keep is not even made, where that takes time.
+    """
 
     def __init__(self, loader: Any, group: int, groups: int) -> None:
         self.loader, self.group, self.groups = loader, group, groups
+        loader.group, loader.groups = group, groups
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)

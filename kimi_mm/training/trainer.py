@@ -26,6 +26,7 @@ from kimi_mm.data.spoken_loader import SpokenLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
+from kimi_mm.processing import move
 from kimi_mm.text.attention import PeakLogits
 from kimi_mm.text.moe import Router
 from kimi_mm.training import qk_clip
@@ -287,7 +288,7 @@ class Trainer:
         if hasattr(batch, "to"):
             return batch.to(device)
         moved = {
-            field.name: value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value
+            field.name: move(value, device)
             for field in dataclasses.fields(batch)
             if isinstance(value := getattr(batch, field.name), torch.Tensor)
         }

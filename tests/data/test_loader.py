@@ -11,6 +11,7 @@ from kimi_mm.data.loader import Prefetcher, SpeechLoader, TextLoader, polish, sp
 from kimi_mm.errors import CheckpointError
 from kimi_mm.processing import IGNORE, Processor
 from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.parallel import Dealt
 from kimi_mm.training.recipe import SpeechDataConfig, TextDataConfig
 
 
@@ -48,6 +49,26 @@ def test_order_follows_the_seed(speech):
     first, again, other = (list(islice(speech(seed), 5)) for seed in (0, 0, 1))
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     assert not all(same(a, b) for a, b in zip(first, other, strict=True) if a.waves.shape == b.waves.shape)
+
+
+def test_a_process_makes_its_share_of_the_batches_only(speech):
+    whole, made = list(islice(speech(), 12)), 0
+    loader = speech()
+    dealt = Dealt(loader, group=1, groups=3)
+    make = loader._batch
+
+    def counted(*arguments):
+        nonlocal made
+        made += 1
+        return make(*arguments)
+
+    loader._batch = counted
+    mine = list(islice(dealt, 4))
+    assert all(same(a, b) for a, b in zip(mine, whole[1::3], strict=True))
+    assert made == 4
+    rest = speech()
+    rest.load_state_dict(loader.state_dict())
+    assert same(next(iter(rest)), list(islice(speech(), 13))[12])
 
 
 def test_restored_loader_goes_on_with_the_next_batch(speech):
