@@ -86,14 +86,6 @@ def test_load_and_convert_by_name(hub, repositories, tmp_path):
     assert sums[0] == sums[1]
 
 
-def test_nothing_that_could_run_is_fetched(hub, tmp_path):
-    done = converted(hub, tmp_path / "home", "tiny/linear", tmp_path / "ours")
-    assert done.returncode == 0, done.stderr
-    names = {name for name, _ in hub.fetched()} | {name for name, _ in hub.fetched("HEAD")}
-    assert {Path(name).suffix for name in names} == {".json", ".safetensors", ".model"}
-    assert not list((tmp_path / "home").rglob("*.py"))
-
-
 def test_a_broken_download_goes_on(hub, repositories, tmp_path):
     """Where a connection broke; over two runs, where the server was gone in between, behind the last whole file."""
     home = tmp_path / "home"
@@ -114,16 +106,20 @@ def test_a_broken_download_goes_on(hub, repositories, tmp_path):
 
 
 def test_a_file_that_differs_from_its_checksum(hub, tmp_path):
+    """It alone is fetched again; of what lies on the hub, nothing that could run is fetched at all."""
     home = tmp_path / "home"
     hub.flip.add(f"tiny/linear/{SHARDS[0]}")
     done = converted(hub, home, "tiny/linear", tmp_path / "ours")
     assert done.returncode == 1
     assert f"'tiny/linear': {SHARDS[0]} differs from its checksum on the hub and was removed" in done.stderr
     assert not (tmp_path / "ours").exists()
+    names = {name for name, _ in hub.fetched()} | {name for name, _ in hub.fetched("HEAD")}
+    assert {Path(name).suffix for name in names} == {".json", ".safetensors", ".model"}
     hub.requests.clear()
     done = converted(hub, home, "tiny/linear", tmp_path / "ours")
     assert done.returncode == 0, done.stderr
     assert [name for name, _ in hub.fetched()] == [SHARDS[0]]
+    assert not list(home.rglob("*.py"))
     (listed,) = home.rglob("kimi-mm-verified.json")
     assert set(json.loads(listed.read_text())) == blobs(home)
 

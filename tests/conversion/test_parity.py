@@ -22,8 +22,18 @@ def text_inputs(ids: torch.Tensor) -> ModelInputs:
     return ModelInputs(ids, ids, torch.full((len(ids),), ids.shape[1]))
 
 
-# transformers keeps some arithmetic in fp32 when all else is float64: the router (mla), the recurrence too (kda).
-EXACT = {"gqa": (lambda: _qwen2(False), 1e-6), "mla": (_deepseek, 5e-6), "kda": (_kimi_linear, 3e-5)}
+# transformers keeps some arithmetic in fp32 when all else is float64: norms everywhere, the router (experts), and the
+# recurrence (kda).
+EXACT = {
+    "gqa": (lambda: _qwen2(False), 1e-6),
+    "mla": (lambda: _deepseek(first_k_dense_replace=3), 1e-6),
+    "mla, experts": (_deepseek, 5e-6),
+    "mla without positions": (
+        lambda: _kimi_linear(layer_types=["full_attention"] * 3, mlp_layer_types=["dense"] * 3),
+        3e-6,
+    ),
+    "kda, experts": (_kimi_linear, 3e-5),
+}
 
 
 @pytest.mark.parametrize("kind", EXACT)

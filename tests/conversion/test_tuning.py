@@ -286,6 +286,7 @@ def test_four_bit_experts(places, tmp_path, lora):
     kimi_mm.load(tmp_path / "back", weights="int8")
 
 
+@pytest.mark.slow
 def test_two_processes_leave_what_they_did_not_train(places, tmp_path):
     """FSDP2 gathers the whole model in fp32; frozen experts are written from their four bits all the same."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kimi_mm"]

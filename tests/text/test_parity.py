@@ -31,37 +31,42 @@ YARN = {
 
 
 def _kimi_linear(**changes):
-    config = transformers.KimiLinearConfig(
-        **COMMON | MLA | changes,
-        q_lora_rank=None,
-        moe_intermediate_size=24,
-        num_local_experts=8,
-        num_experts_per_tok=3,
-        n_group=4,
-        topk_group=2,
-        linear_head_dim=16,
-        linear_num_heads=3,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-        mlp_layer_types=["dense", "sparse", "sparse"],
+    values = (
+        COMMON
+        | MLA
+        | {
+            "q_lora_rank": None,
+            "moe_intermediate_size": 24,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "linear_head_dim": 16,
+            "linear_num_heads": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        }
     )
-    return transformers.KimiLinearForCausalLM(config)
+    return transformers.KimiLinearForCausalLM(transformers.KimiLinearConfig(**values | changes))
 
 
 def _deepseek(**changes):
-    config = transformers.DeepseekV3Config(
-        **COMMON,
-        **MLA,
-        q_lora_rank=20,
-        moe_intermediate_size=24,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
-        num_mtp_layers=0,
-        **changes,
+    values = (
+        COMMON
+        | MLA
+        | {
+            "q_lora_rank": 20,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "num_mtp_layers": 0,
+        }
     )
+    config = transformers.DeepseekV3Config(**values | changes)
     return transformers.DeepseekV3ForCausalLM(config)
 
 
