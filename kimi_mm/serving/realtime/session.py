@@ -57,7 +57,7 @@ class Session:
         self.expires_at = int(time.time() + service.config.session_seconds)
         modalities = ["audio" if speaks(service.model) else "text"]
         self.settings = wire.Settings(model=service.model_id, output_modalities=modalities)  # type: ignore[arg-type]
-        self.conversation = Conversation()
+        self.conversation = Conversation(service.config.max_prompt)
         self.ears = Ears(service.config.turn_seconds)
         self.answer: Answer | None = None
         self._next_item = wire.new_id("item")  # of the user's turn that goes on
