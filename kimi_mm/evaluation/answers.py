@@ -26,6 +26,7 @@ from kimi_mm.evaluation.judges import SAMPLE_RATE, Judges
 from kimi_mm.evaluation.normalize import normalize_english
 from kimi_mm.evaluation.speech import floats
 from kimi_mm.evaluation.wer import count_edits
+from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.types import WavePiece
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST_WRONG = 0.2  # share of words by which a "near" answer may differ
 DRAWS = 2000  # bootstrap resamples
+LIMITS = SpeechSampling(max_text_tokens=64, max_audio_codes=250)  # 20 s, far more than any right answer needs
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,12 @@ class SpokenDialogs:
 
     def __init__(self, data: Path, limit: int | None = None) -> None:
         folder = data / "dialogs" / "test"
+        prepared = read_dialogs(folder)
         shards = SpeechShards((str(folder / "questions"),))
         self.questions = {item.text: shards.wave(item) for item in shards.utterances}
         targets = TargetShards((str(folder / "answers"),))
         self.answers = {item.text: targets.wave(item) for item in targets.utterances}
-        spoken = [d for d in read_dialogs(folder) if all(self._recorded(turn) for turn in d.turns)]
+        spoken = [d for d in prepared if all(self._recorded(turn) for turn in d.turns)]
         if not spoken:
             raise CheckpointError(f"{folder}: no dialog there has all its recordings; prepare the dialogs again.")
         self.dialogs = spoken[:limit]
@@ -71,7 +74,7 @@ class SpokenDialogs:
 
     def replies(self, engine: KimiMM, dialog: Dialog) -> list[np.ndarray]:
         """Asks the questions of a dialog in turn; returns the spoken replies, [S] float32 at 16 kHz each."""
-        talk, replies = Conversation(engine), []
+        talk, replies = Conversation(engine, sampling=LIMITS), []
         for turn in dialog.turns:
             events = talk.say(audio=floats(self.questions[turn.question]))
             pieces = [event.wave for event in events if isinstance(event, WavePiece)]

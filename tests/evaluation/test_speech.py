@@ -10,12 +10,19 @@ import torch
 
 from kimi_mm.audio.io import read_audio, resample
 from kimi_mm.cli.demo import CLIPS, read_clips
+from kimi_mm.config import ModelConfig
+from kimi_mm.data.debug import write_debug_dialogs
 from kimi_mm.data.dialogs import Turn
+from kimi_mm.data.manifest import ManifestError
 from kimi_mm.data.packages import PackageError, cache_dir
 from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.evaluation import speech_report
-from kimi_mm.evaluation.answers import Answered, right, score
+from kimi_mm.evaluation.answers import LIMITS, Answered, SpokenDialogs, right, score
 from kimi_mm.evaluation.judges import SAME_VOICE, Judges, VoiceEncoder, prepare_judges
+from kimi_mm.model import Model
+from kimi_mm.pipeline import KimiMM
+from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.recipe import recipes_root
 
 
 def turn(judge: str, expect: str) -> Turn:
@@ -64,6 +71,26 @@ def test_a_result_that_lacks_a_key_is_named():
     del whole["sets"][0]["accuracy"]
     with pytest.raises(UserError, match="'accuracy' of set 'answers'"):
         speech_report.check_result(whole, "file")
+
+
+def test_replies_of_a_model_that_never_ends_are_cut(tmp_path):
+    torch.manual_seed(0)
+    model = Model(ModelConfig.from_yaml(recipes_root() / "models" / "debug-speech.yaml"))
+    engine = KimiMM(model, TextTokenizer.train(["a few words"] * 3, 300))
+    (tmp_path / "dialogs").mkdir()
+    write_debug_dialogs(tmp_path / "made").rename(tmp_path / "dialogs" / "test")
+    talks = SpokenDialogs(tmp_path, limit=2)
+    assert len(talks.dialogs) == 2
+    dialog = talks.dialogs[1]
+    taught, said = talks.teacher(dialog), talks.replies(engine, dialog)
+    assert len(taught) == len(said) == len(dialog.turns) == 2
+    assert [len(wave) for wave in taught] == [9600, 9600]  # 0.6 s at 16 kHz
+    assert all(0 < len(wave) <= LIMITS.max_audio_codes * 1280 for wave in said)
+
+
+def test_dialogs_that_are_not_prepared(tmp_path):
+    with pytest.raises(ManifestError, match="prepare dialogs"):
+        SpokenDialogs(tmp_path)
 
 
 def test_voices_of_silence_and_of_any_length():
