@@ -80,7 +80,9 @@ class TargetShards:
                 ends = (".npy", ".heard.npy", ".pitch.npy")
                 target, heard, pitch = (np.load(index.with_suffix(end), mmap_mode="r") for end in ends)
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"{index.with_suffix('.npy')}: cannot be read ({error}).") from None
+                raise CheckpointError(
+                    f"{index}: one of its arrays cannot be read ({error}); delete the shard and prepare it again."
+                ) from None
             self.arrays.append((target, heard, pitch))
             at = 0
             for row in read_rows(index, KEYS):
