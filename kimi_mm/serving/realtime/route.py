@@ -3,7 +3,7 @@
     handshake: Host, Origin, key (Guard) ─► model, room for a session ─► accepted ─► session.created
     reader ─► Session ─► Outbox ─► writer;   it ends when one of them does, when time is up, or when nobody reads
 
-A close says why: 1000 time is up, 1008 nothing was said for long or nothing was read, 1013 the server shuts down.
+A close says why: 1000 time is up, 1008 nothing was said for long or nothing was read, 1012 the server shuts down.
 """
 
 from __future__ import annotations
