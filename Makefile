@@ -6,7 +6,7 @@ JOBS ?= 2
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench test-gpu clean
+.PHONY: demo test lint bench docs test-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core-installed
@@ -23,11 +23,14 @@ lint: $(VENV)/.dev-installed
 bench: $(VENV)/.core-installed
 	$(RUN) -m benchmarks.transcribe
 
+docs: $(VENV)/.dev-installed
+	$(RUN) -m mkdocs build --strict
+
 test-gpu: $(VENV)/.dev-installed
 	$(RUN) -m pytest -m gpu $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output site
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
