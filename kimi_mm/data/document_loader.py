@@ -227,13 +227,14 @@ def collate(
         group_at = np.repeat(groups, lengths)
     else:
         group_at = np.repeat(groups, inputs.text_ids.shape[1])
-    text, audio = (_labelled(labels) for labels in (inputs.text_labels, inputs.audio_labels))
+    (positions, labels), audio = (_labelled(labels) for labels in (inputs.text_labels, inputs.audio_labels))
     inputs.text_labels = inputs.audio_labels = None
-    label_groups = torch.from_numpy(group_at)[text[0]]
+    label_groups = torch.from_numpy(group_at)[positions]
     counts = tuple(torch.bincount(label_groups, minlength=len(names)).tolist())
     order = label_groups.argsort(stable=True)
-    text = tuple(part[order] for part in text)
-    return DocumentBatch(inputs, *text, *audio, names, counts, used=sum(lengths), documents=len(rows))
+    return DocumentBatch(
+        inputs, positions[order], labels[order], *audio, names, counts, used=sum(lengths), documents=len(rows)
+    )
 
 
 def _labelled(labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
