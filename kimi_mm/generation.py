@@ -173,7 +173,7 @@ def text_logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
 
 def choose_text(logits: torch.Tensor, sampling: TextSampling, generator: torch.Generator | None) -> torch.Tensor:
     """Chooses one id [B] for each row of logits [B, ids]; greedy choices draw nothing from `generator`."""
-    if sampling.temperature <= 0:
+    if sampling.temperature <= 1e-6:  # below, logits over it overflow
         return logits.argmax(-1)
     scaled = logits / sampling.temperature
     if sampling.top_k:

@@ -95,6 +95,7 @@ def test_temperature_and_seed(tiny):
 
     assert draw(3) == draw(3)
     assert len({draw(seed) for seed in range(4)}) > 1
+    assert ask(tiny, temperature=1e-300).choices == ask(tiny).choices  # found by fuzzing
 
 
 def test_ends(nano, tiny):
