@@ -27,7 +27,8 @@ def main() -> None:
     import kimi_mm
     from kimi_mm.audio.io import read_audio
     from kimi_mm.cli.demo import CLIPS, read_clips
-    from kimi_mm.evaluation.asr import SAMPLE_RATE, peak_memory_mib
+    from kimi_mm.evaluation.asr import SAMPLE_RATE
+    from kimi_mm.evaluation.result import peak_memory_mib
 
     engine = kimi_mm.load("nano")
     rows.append(("import and load nano", f"{time.perf_counter() - start:.2f} s"))

@@ -44,8 +44,9 @@ def demo(
 
     import kimi_mm
     from kimi_mm.audio.io import read_audio
-    from kimi_mm.evaluation.asr import Utterance, peak_memory_mib, recognise, score
+    from kimi_mm.evaluation.asr import Utterance, recognise, score
     from kimi_mm.evaluation.report import percent
+    from kimi_mm.evaluation.result import peak_memory_mib
     from kimi_mm.evaluation.wer import word_error_rate
 
     engine = kimi_mm.load(model, device=device)

@@ -7,8 +7,6 @@ Utterances are decoded one at a time, as `kimi-mm transcribe` does it, so that t
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from kimi_mm.data.human import read_clips
 from kimi_mm.data.shards import read_shards
 from kimi_mm.errors import CheckpointError, UserError
 from kimi_mm.evaluation.report import KIND, VERSION
+from kimi_mm.evaluation.result import conditions
 from kimi_mm.evaluation.wer import NORMALIZER_VERSION, show_alignment, word_error_rate
 
 SAMPLE_RATE = 16_000
@@ -151,29 +150,9 @@ def collect(label: str, model: str, device: str, beams: int, sets: Iterable[dict
         beams: of the search; 1 is greedy decoding.
         sets: from `score`.
     """
-    import torch
-
-    from kimi_mm import __version__
-
-    scores = list(sets)
     return {
-        "kind": KIND,
-        "version": VERSION,
-        "label": label,
-        "model": model,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
+        **conditions(KIND, VERSION, label, model, device),
         "beams": beams,
         "normalizer": NORMALIZER_VERSION,
-        "peak_rss_mib": round(peak_memory_mib(), 1),
-        "software": {"kimi_mm": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "sets": scores,
+        "sets": list(sets),
     }
-
-
-def peak_memory_mib() -> float:
-    """Returns the most memory that this process has held so far, in MiB."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_mm.errors import UserError
+from kimi_mm.evaluation.result import check_keys
 
 KIND = "kimi_mm.asr"
 VERSION = 1
@@ -63,17 +64,8 @@ def load_result(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, or is another kind of file; names what is missing.
     """
-    result = read_result(path)
-    if result.get("kind") != KIND or result.get("version") != VERSION:
-        raise UserError(f"{path}: not a result of 'kimi-mm eval asr --json' (kind {KIND}, version {VERSION}).")
-    for key in _TOP_KEYS:
-        if key not in result:
-            raise UserError(f"{path}: the key '{key}' is missing.")
-    for scores in result["sets"]:
-        for key in _SET_KEYS:
-            if key not in scores:
-                raise UserError(f"{path}: the key '{key}' of set '{scores.get('set', '?')}' is missing.")
-    return result
+    kind = (KIND, VERSION)
+    return check_keys(read_result(path), str(path), "kimi-mm eval asr", kind, _TOP_KEYS, lambda _: _SET_KEYS)
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:

@@ -11,7 +11,6 @@ that the voice was learnt from: their own error.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from kimi_mm.audio.seams import seam_energy, seam_positions
 from kimi_mm.data.target_loader import TargetShards
 from kimi_mm.data.targets import TARGET_RATE
 from kimi_mm.errors import CheckpointError
-from kimi_mm.evaluation.asr import peak_memory_mib
 from kimi_mm.evaluation.judges import SAMPLE_RATE, Judges
+from kimi_mm.evaluation.result import conditions
 from kimi_mm.evaluation.wer import NORMALIZER_VERSION, show_alignment, word_error_rate
 
 if TYPE_CHECKING:
@@ -247,18 +246,9 @@ def collect(
         sets: of `score` and of `answers.score`.
         stream: of `measure_stream`; None where it was not measured.
     """
-    from kimi_mm import __version__
-
     return {
-        "kind": KIND,
-        "version": VERSION,
-        "label": label,
-        "model": model,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
+        **conditions(KIND, VERSION, label, model, device),
         "normalizer": NORMALIZER_VERSION,
-        "peak_rss_mib": round(peak_memory_mib(), 1),
-        "software": {"kimi_mm": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "stream": stream,
         "sets": list(sets),
     }

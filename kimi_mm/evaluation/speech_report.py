@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kimi_mm.errors import UserError
 from kimi_mm.evaluation.report import percent
+from kimi_mm.evaluation.result import check_keys
 from kimi_mm.evaluation.speech import KIND, VERSION
 
 BEGIN = "<!-- speech:begin -->"
@@ -32,18 +32,13 @@ def check_result(result: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns a result that is whole.
 
     Raises:
-        UserError: names the key that is missing.
+        UserError: it is another result, or names the key that is missing.
     """
-    if result.get("kind") != KIND or result.get("version") != VERSION:
-        raise UserError(f"{where}: not a result of 'kimi-mm eval speech --json' (kind {KIND}, version {VERSION}).")
-    for key in _TOP_KEYS:
-        if key not in result:
-            raise UserError(f"{where}: the key '{key}' is missing.")
-    for scores in result["sets"]:
-        for key in _ANSWER_KEYS if "turns" in scores else _SPEECH_KEYS:
-            if key not in scores:
-                raise UserError(f"{where}: the key '{key}' of set '{scores.get('set', '?')}' is missing.")
-    return result
+    return check_keys(result, where, "kimi-mm eval speech", (KIND, VERSION), _TOP_KEYS, _keys_of)
+
+
+def _keys_of(scores: dict[str, Any]) -> tuple[str, ...]:
+    return _ANSWER_KEYS if "turns" in scores else _SPEECH_KEYS
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -9,7 +9,6 @@ number word, colour, side, or yes or no. Reading is scored by characters, whatev
 from __future__ import annotations
 
 import logging
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from kimi_mm.data.drawing import COLORS, SHAPES
 from kimi_mm.data.questions import NUMBERS, PHRASES, Question
 from kimi_mm.data.scene_sets import SETS, read_set
 from kimi_mm.errors import UserError
-from kimi_mm.evaluation.asr import peak_memory_mib
+from kimi_mm.evaluation.result import conditions
 from kimi_mm.evaluation.wer import Edits, count_edits
 
 if TYPE_CHECKING:
@@ -201,19 +200,8 @@ def collect(
         sets: of `score`.
         latency: of `first_word_latency`; None where it was not measured.
     """
-    import torch
-
-    from kimi_mm import __version__
-
     return {
-        "kind": KIND,
-        "version": VERSION,
-        "label": label,
-        "model": model,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
-        "peak_rss_mib": round(peak_memory_mib(), 1),
-        "software": {"kimi_mm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **conditions(KIND, VERSION, label, model, device),
         "first_word_seconds": latency,
         "sets": list(sets),
     }

@@ -11,7 +11,8 @@ from kimi_mm.data.asterisk import Prompt
 from kimi_mm.data.human import write_clips
 from kimi_mm.data.shards import Clip, write_shards
 from kimi_mm.errors import CheckpointError, UserError
-from kimi_mm.evaluation.asr import SETS, collect, peak_memory_mib, read_set, recognise, score
+from kimi_mm.evaluation.asr import SETS, collect, read_set, recognise, score
+from kimi_mm.evaluation.result import peak_memory_mib
 
 TEXTS = ["Press one now.", "Goodbye.", "The call has ended."]
 
