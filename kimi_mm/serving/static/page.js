@@ -3,7 +3,8 @@
 // microphone, chosen or dropped files, the sample ─► Turn ─► queue ─► transcript ─► codes
 
 import { drawRing } from "./draw.js";
-import { ServerError, model, setKey } from "./server.js";
+import { at, connect, fault } from "./entry.js";
+import { ServerError } from "./server.js";
 import { LONGEST, decode, record, wav } from "./sound.js";
 import { Turn } from "./turn.js";
 
@@ -13,7 +14,6 @@ const MOUSE = matchMedia("(hover: hover)").matches;
 const REST = MOUSE ? "Press to record; drop sound files anywhere." : "Press to record, or choose sound files.";
 const CALM = matchMedia("(prefers-reduced-motion: reduce)");
 
-const at = (id) => document.getElementById(id);
 const turns = [];
 let modelName = null;
 let queue = Promise.resolve();
@@ -25,33 +25,6 @@ let levels = new Array(72).fill(0);
 
 function say(sentence) {
   at("status").textContent = sentence;
-}
-
-function fault(message) {
-  at("fault").textContent = message;
-  at("fault").hidden = !message;
-}
-
-async function connect() {
-  const chip = at("model");
-  try {
-    const entry = await model();
-    modelName = entry.id;
-    chip.textContent = `${entry.id}, ready`;
-    chip.className = "chip ready";
-    at("key-form").hidden = true;
-    fault(entry.hears ? "" : `The model '${entry.id}' does not hear; start the server with one that does.`);
-    for (const id of ["record", "choose", "sample"]) at(id).disabled = !entry.hears;
-  } catch (error) {
-    chip.textContent = error.status === 401 ? "locked" : "not reached";
-    chip.className = "chip broken";
-    if (error.status === 401) {
-      const asked = !at("key-form").hidden;
-      at("key-form").hidden = false;
-      at("key-fault").textContent = asked ? error.message : "";
-      at("key").focus();
-    } else fault(error.message);
-  }
 }
 
 function tidy() {
@@ -160,11 +133,6 @@ at("sample").onclick = async () => {
   }
 };
 at("clear").onclick = () => [...turns].forEach((turn) => turn.remove());
-at("key-form").onsubmit = (event) => {
-  event.preventDefault();
-  setKey(at("key").value.trim());
-  connect();
-};
 
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || !recorder) return;
@@ -191,4 +159,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 new ResizeObserver(() => drawRing(at("ring"), levels)).observe(at("ring"));
 
 at("hint").textContent = REST;
-connect();
+connect((entry) => {
+  modelName = entry.id;
+  for (const id of ["record", "choose", "sample"]) at(id).disabled = !entry.hears;
+});

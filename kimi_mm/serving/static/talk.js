@@ -4,22 +4,17 @@
 //                                                          └─► the answer: words, and sound that can be interrupted
 
 import { drawRing } from "./draw.js";
-import { conversation, model, setKey } from "./server.js";
+import { at, connect, fault } from "./entry.js";
+import { conversation } from "./server.js";
 import { microphone, peakOf } from "./sound.js";
 import { Downsampler, Player, decode, encode } from "./voice.js";
 
 const MOUSE = matchMedia("(hover: hover)").matches;
-const at = (id) => document.getElementById(id);
 const REST = at("hint").textContent;
 let entry = null; // the model's
 let talk = null; // the one that goes on
 let opening = false;
 let levels = new Array(72).fill(0);
-
-function fault(message) {
-  at("fault").textContent = message;
-  at("fault").hidden = !message;
-}
 
 function state(sentence) {
   if (at("state").textContent !== sentence) at("state").textContent = sentence;
@@ -224,28 +219,6 @@ async function begin() {
   }
 }
 
-async function connect() {
-  const chip = at("model");
-  try {
-    entry = await model();
-    chip.textContent = `${entry.id}, ready`;
-    chip.className = "chip ready";
-    at("key-form").hidden = true;
-    fault(entry.hears ? "" : `The model '${entry.id}' does not hear; start the server with one that does.`);
-    at("lead").textContent = `Speak; when you pause, it ${entry.speaks ? "answers aloud" : "answers in writing"}.`;
-    at("record").disabled = !entry.hears;
-  } catch (error) {
-    chip.textContent = error.status === 401 ? "locked" : "not reached";
-    chip.className = "chip broken";
-    if (error.status === 401) {
-      const asked = !at("key-form").hidden;
-      at("key-form").hidden = false;
-      at("key-fault").textContent = asked ? error.message : "";
-      at("key").focus();
-    } else fault(error.message);
-  }
-}
-
 at("record").onclick = () => (talk ? talk.close("") : begin());
 at("interrupt").onclick = () => talk?.interrupt(true);
 at("clear").onclick = () => {
@@ -254,15 +227,14 @@ at("clear").onclick = () => {
   at("clear").hidden = true;
   at("said").focus();
 };
-at("key-form").onsubmit = (event) => {
-  event.preventDefault();
-  setKey(at("key").value.trim());
-  connect();
-};
 addEventListener("keydown", (event) => {
   if (event.key === "Escape") talk?.interrupt(true);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawRing(at("ring"), levels));
 new ResizeObserver(() => drawRing(at("ring"), levels)).observe(at("ring"));
 
-connect();
+connect((found) => {
+  entry = found;
+  at("lead").textContent = `Speak; when you pause, it ${entry.speaks ? "answers aloud" : "answers in writing"}.`;
+  at("record").disabled = !entry.hears;
+});
