@@ -308,10 +308,16 @@ class Prefetcher:
 
     `state` is the loader's state as it was after the batch last handed out, which is what a checkpoint must hold; the
     loader itself is already ahead.
+
+    Args:
+        loader: endless, with `state_dict`.
+        depth: batches that wait at most.
+        upload: brings batches to a device, its `send` in the thread (see `kimi_mm.training.upload.Upload`).
     """
 
-    def __init__(self, loader: Any, depth: int = 4) -> None:
+    def __init__(self, loader: Any, depth: int = 4, upload: Any = None) -> None:
         self.state = loader.state_dict()
+        self._upload = upload
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(loader,), daemon=True)
@@ -320,7 +326,8 @@ class Prefetcher:
     def _fill(self, loader: Any) -> None:
         try:
             for batch in loader:
-                if not self._put((batch, loader.state_dict())):
+                state = loader.state_dict()
+                if not self._put((batch if self._upload is None else self._upload.send(batch), state)):
                     return
         except Exception as error:
             self._put((error, None))
@@ -339,7 +346,7 @@ class Prefetcher:
         if isinstance(batch, Exception):
             raise batch
         self.state = state
-        return batch
+        return batch if self._upload is None else self._upload.receive(batch)
 
     def close(self) -> None:
         self._stop.set()

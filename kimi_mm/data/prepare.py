@@ -114,8 +114,10 @@ def prepare(
         return {"file": ENCODER, "package": WHISPER_PACKAGE}
     if kind == "unlabelled":
         recording = out / "unlabelled.ogg"
-        minutes = prepare_unlabelled(recording, UNLABELLED_MINUTES, packages, seed=seed, progress=note)
-        return {"minutes": round(minutes, 1), "pieces": unlabelled_shards(recording, out / "shards")}
+        if not recording.exists():  # which may have been brought along
+            prepare_unlabelled(recording, UNLABELLED_MINUTES, packages, seed=seed, progress=note)
+        pieces, minutes = unlabelled_shards(recording, out / "shards")
+        return {"minutes": round(minutes, 1), "pieces": pieces}
     if kind == "judges":
         from kimi_mm.evaluation.judges import prepare_judges  # imports torch
 
@@ -224,7 +226,7 @@ def human_shards(folder: str | Path, out: str | Path, *, scored_only: bool = Fal
     return write_shards(out, read_clips(folder, scored_only=scored_only), meta={"source": "asterisk-core-sounds-en"})
 
 
-def unlabelled_shards(recording: str | Path, out: str | Path) -> int:
+def unlabelled_shards(recording: str | Path, out: str | Path) -> tuple[int, float]:
     """Writes a long recording without transcripts as speech shards whose texts are empty; see `prepare_unlabelled`.
 
     Args:
@@ -232,14 +234,14 @@ def unlabelled_shards(recording: str | Path, out: str | Path) -> int:
         out: folder for the shards.
 
     Returns:
-        The number of pieces, each at most 20 s, cut at silences.
+        The number of pieces, each at most 20 s, cut at silences, and the minutes of all.
     """
     wave, _ = read_audio(recording)
     clips = [
         Clip(f"piece-{number:05d}", "", "human-unlabelled", np.round(wave[start:end] * 32767).astype(np.int16))
         for number, (start, end) in enumerate(split_at_silence(wave))
     ]
-    return write_shards(out, clips, meta={"source": Path(recording).name})
+    return write_shards(out, clips, meta={"source": Path(recording).name}), len(wave) / 16_000 / 60
 
 
 def _held_out(sentences: Sequence[Sentence]) -> list[Sentence]:

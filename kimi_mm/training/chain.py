@@ -9,12 +9,15 @@ clock (`train_seconds`), and one that is done is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,15 @@ from kimi_mm.training.recipe import recipes_root
 log = logging.getLogger(__name__)
 
 LEAST_SECONDS = 20.0  # a stage is not begun with less
+DATA = Path("data")  # where recipes look for it
+# What calls without a resumable plan leave below DATA when they are done; a machine without network gets it that way.
+PRODUCTS = {
+    "text": "texts.jsonl.gz",
+    "encoder": "whisper_tiny_en_encoder.safetensors",
+    "unlabelled": "unlabelled/shards",
+    "human": "human/adapt-shards",
+    "art": "art/art.zip",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,7 @@ class StageConfig(Config):
         name: its folder in WORK.
         recipe: that is run.
         seconds: of training; the schedule follows them.
+        shards: of what is prepared beside that must be there before it starts (0: all of them).
         start: stage whose model it starts from ("": what the recipe says).
         overrides: of the recipe.
         debug: overrides at debug size, in place of these.
@@ -45,6 +58,7 @@ class StageConfig(Config):
     name: str
     recipe: str
     seconds: float
+    shards: int = 0
     start: str = ""
     overrides: tuple[str, ...] = ()
     debug: tuple[str, ...] = ()
@@ -52,11 +66,20 @@ class StageConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SittingConfig(Config):
-    """What one machine does: `prepare` are calls of `kimi-mm prepare`, for instance "speech --hours 40"."""
+    """What one machine does.
+
+    Args:
+        name: of the sitting.
+        minutes: that it takes.
+        prepare: calls of `kimi-mm prepare`, for instance "human", done first; what is there already is not made again.
+        beside: calls that go on while stages train, on all cores but two, for instance "speech --hours 100".
+        stages: in order.
+    """
 
     name: str
     minutes: float
     prepare: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     stages: tuple[StageConfig, ...] = ()
 
     def __post_init__(self) -> None:
@@ -139,22 +162,25 @@ def run_chain(
     waiting = [stage for stage in chosen.stages if not _done(work, stage.name)]
     if waiting and not debug:
         for call in chosen.prepare:
-            say(f"prepare {call}")
-            _prepare(call, _left(minutes, started))
-    for stage in waiting:
-        left = _left(minutes, started)
-        if left is not None and left < LEAST_SECONDS:
-            say(f"{stage.name}: not begun, the time is up; give the command again.")
-            return False
-        overrides = list(stage.debug if debug else stage.overrides)
-        overrides += [f"init={json.dumps(str(work / stage.start / 'model'))}"] if stage.start else []
-        overrides += [] if debug else [f"train_seconds={stage.seconds}"]
-        overrides += [] if left is None else [f"time_limit_seconds={left}"]
-        say(f"train {stage.recipe} {' '.join(overrides)}")
-        train(stage.recipe, debug=debug, output=work / stage.name, overrides=overrides)
-        if not _done(work, stage.name):
-            say(f"{stage.name}: stopped before its end; give the command again.")
-            return False
+            if not _is_there(call):
+                say(f"prepare {call}")
+                _prepare(call, _left(minutes, started))
+    with Beside(chosen.beside if waiting and not debug else ()) as beside:
+        for stage in waiting:
+            beside.wait(stage.shards, _left(minutes, started))
+            left = _left(minutes, started)
+            if left is not None and left < LEAST_SECONDS:
+                say(f"{stage.name}: not begun, the time is up; give the command again.")
+                return False
+            overrides = list(stage.debug if debug else stage.overrides)
+            overrides += [f"init={json.dumps(str(work / stage.start / 'model'))}"] if stage.start else []
+            overrides += [] if debug else [f"train_seconds={stage.seconds}"]
+            overrides += [] if left is None else [f"time_limit_seconds={left}"]
+            say(f"train {stage.recipe} {' '.join(overrides)}")
+            train(stage.recipe, debug=debug, output=work / stage.name, overrides=overrides)
+            if not _done(work, stage.name):
+                say(f"{stage.name}: stopped before its end; give the command again.")
+                return False
     later = ", ".join(_needed_later(chain, chosen, work)) or "nothing"
     say(f"sitting '{chosen.name}' is done; later ones need: {later}.")
     return True
@@ -183,8 +209,65 @@ def _left(minutes: float, started: float) -> float | None:
     return 60 * minutes - (time.monotonic() - started) if minutes else None
 
 
+class Beside:
+    """Preparation that goes on in processes of its own; at the end of the `with` block what still runs is stopped.
+
+    Args:
+        calls: of `kimi-mm prepare`; all start at once, and each can be given again.
+        data: folder that they write to.
+    """
+
+    def __init__(self, calls: Sequence[str], data: Path = DATA) -> None:
+        self.calls, self.data = calls, data
+        self._running: list[tuple[str, subprocess.Popen]] = []
+
+    def __enter__(self) -> Beside:
+        processes = max(1, (os.cpu_count() or 1) - 2)
+        for call in self.calls:
+            command = ["nice", *_command(call), "--data", str(self.data), "--processes", str(processes)]
+            self._running.append((call, subprocess.Popen(command, start_new_session=True)))
+        return self
+
+    def wait(self, shards: int, seconds: float | None) -> None:
+        """Returns once so many shards of each call are there, or all of them (0), or the time is up.
+
+        Raises:
+            UserError: a call failed.
+        """
+        started = time.monotonic()
+        while waiting := [call for call, process in self._running if self._lacks(call, process, shards)]:
+            if seconds is not None and time.monotonic() - started > seconds:
+                log.info("prepare %s: not done, the time is up", ", ".join(waiting))
+                return
+            time.sleep(0.2)
+
+    def _lacks(self, call: str, process: subprocess.Popen, shards: int) -> bool:
+        code = process.poll()
+        if code:
+            raise UserError(f"prepare {call}: failed; what it said stands above.")
+        found = len(list((self.data / call.split()[0]).glob("*-[0-9]*.jsonl"))) if shards else 0
+        return code is None and not 0 < shards <= found
+
+    def __exit__(self, *_: object) -> None:
+        for _call, process in self._running:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)  # its workers, too
+                process.wait()
+
+
+def _is_there(call: str) -> bool:
+    """Whether what a call makes was made, or brought along, before; shards go on by themselves."""
+    product = PRODUCTS.get(call)
+    return product is not None and (DATA / product).exists()
+
+
+def _command(call: str) -> list[str]:
+    return [sys.executable, "-m", "kimi_mm", "prepare", *call.split()]
+
+
 def _prepare(call: str, seconds: float | None) -> None:
-    command = [sys.executable, "-m", "kimi_mm", "prepare", *call.split()]
+    command = [*_command(call), "--data", str(DATA)]
     try:
         code = subprocess.run(command, timeout=seconds).returncode
     except subprocess.TimeoutExpired:

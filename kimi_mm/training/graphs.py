@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kimi_mm.text.backbone import Backbone
+from kimi_mm.training.upload import capturing
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Graphed:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.autocast("cuda", enabled=False):
+        with capturing, torch.autocast("cuda", enabled=False):
             graphed = torch.cuda.make_graphed_callables(
                 _InAutocast(self.module, dtype),
                 tuple(t.clone() for t in inputs),
@@ -129,7 +130,7 @@ class Replayed:
                 self.function(*held)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing, torch.cuda.graph(graph):
             results = self.function(*held)
         torch.cuda.set_rng_state(draws)
         return graph, held, results

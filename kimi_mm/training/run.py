@@ -134,7 +134,7 @@ def train(
     else:
         objective = build_objective(net, settings, teacher)
     net.to(own_device())
-    if teacher is not None and isinstance(speech, SpeechLoader):
+    if teacher is not None and not settings.init and isinstance(speech, SpeechLoader):
         _seed_codebook(net, speech)
     if documents is not None:
         hear_all(documents, settings, net, output)

@@ -5,7 +5,6 @@ loaders ─► batch ─► objective ─► loss ─► backward ─► clip �
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 import signal
@@ -26,7 +25,6 @@ from kimi_mm.data.spoken_loader import SpokenLoader
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
-from kimi_mm.processing import move
 from kimi_mm.text.attention import PeakLogits
 from kimi_mm.text.moe import Router
 from kimi_mm.training import qk_clip
@@ -39,6 +37,7 @@ from kimi_mm.training.recipe import DOCUMENTS, OptimConfig, Recipe
 from kimi_mm.training.schedule import lr_factor, source_of_step
 from kimi_mm.training.state import list_states, load_state, remove_leftovers, save_state
 from kimi_mm.training.state_sharded import SHARDS, group_state, read_any, save_sharded, whole_tensors
+from kimi_mm.training.upload import Upload
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,9 @@ class Trainer:
         if resume and (states := list_states(self.run)):
             self._restore(states[-1])
         sources = {
-            n: Prefetcher(self.parallel.deal(loader)) for n, loader in self.loaders.items() if loader is not None
+            name: Prefetcher(self.parallel.deal(loader), upload=Upload(self.parallel.device))
+            for name, loader in self.loaders.items()
+            if loader is not None
         }
         self.stopped = self.finished
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _in_main_thread() else None
@@ -204,7 +205,7 @@ class Trainer:
         self.meters.awake = self._logs(self.step + 1)
         parts = []
         for number in range(self.parallel.micro_batches):
-            batch = self._to_device(sources[origin].next())
+            batch = sources[origin].next()
             self.meters.take(batch)
             self.parallel.seed(self.step, number)
             with self.parallel.accumulating(last=number == self.parallel.micro_batches - 1):
@@ -282,17 +283,6 @@ class Trainer:
     def finished(self) -> bool:
         """Whether the run is at its end: all its steps are taken, or its seconds spent."""
         return self.step >= self.recipe.steps or 0 < self.recipe.train_seconds <= self.seconds
-
-    def _to_device(self, batch: Any) -> Any:
-        device = self.parallel.device
-        if hasattr(batch, "to"):
-            return batch.to(device)
-        moved = {
-            field.name: move(value, device)
-            for field in dataclasses.fields(batch)
-            if isinstance(value := getattr(batch, field.name), torch.Tensor)
-        }
-        return dataclasses.replace(batch, **moved)
 
     def whole_model(self, model: Model) -> Model | None:
         """Returns the trained model, whole and on the CPU, on the main process; None on others. All call this."""
