@@ -25,7 +25,7 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, lead: bool = True) -> None:
-        self._tokenizer, self._leads = tokenizer, lead
+        self._tokenizer, self.leads = tokenizer, lead
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -62,9 +62,9 @@ class TextTokenizer:
             raise CheckpointError(f"{path}: not a tokenizer file ({error}).") from None
 
     @classmethod
-    def from_json(cls, text: str) -> TextTokenizer:
+    def from_json(cls, text: str, lead: bool = True) -> TextTokenizer:
         """Makes a tokenizer from what `to_json` returned."""
-        return cls(Tokenizer.from_str(text))
+        return cls(Tokenizer.from_str(text), lead)
 
     def to_json(self) -> str:
         """Returns the text that `load` reads."""
@@ -75,18 +75,18 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the BPE ids of a text; markers of special tokens inside it stay plain characters."""
-        return self._tokenizer.encode(_lead(text) if self._leads else text, add_special_tokens=False).ids
+        return self._tokenizer.encode(_lead(text) if self.leads else text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""
-        led = [_lead(text) if self._leads else text for text in texts]
+        led = [_lead(text) if self.leads else text for text in texts]
         return [item.ids for item in self._tokenizer.encode_batch(led, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; ids outside the BPE part are skipped."""
         limit = len(self)
         text = self._tokenizer.decode([i for i in ids if 0 <= i < limit], skip_special_tokens=False)
-        return text.strip() if self._leads else text
+        return text.strip() if self.leads else text
 
 
 class TextPieces:

@@ -24,7 +24,7 @@ class SceneDataConfig(Config):
         kinds: how often each kind of scene is drawn, in any unit.
         questions: kinds of questions that are asked; () asks all.
         max_questions: of a conversation.
-        processes: that draw; 0 draws in the trainer's own, -1 takes all cores but two.
+        processes: that draw; 0 draws in the trainer's own, -1 takes all cores but two (of this process's share).
     """
 
     art: str = "data/art/art.zip"

@@ -16,7 +16,8 @@ from torch import nn
 
 from kimi_mm.config import ConfigError
 from kimi_mm.data.loader import SpeechBatch
-from kimi_mm.data.scene_loader import Grid, SceneBatch
+from kimi_mm.data.scene_drawer import Grid
+from kimi_mm.data.scene_loader import SceneBatch
 from kimi_mm.model import Model
 from kimi_mm.text.backbone import Backbone
 from kimi_mm.training.graphs import Graphed
