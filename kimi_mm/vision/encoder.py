@@ -112,25 +112,23 @@ class VisionTower(nn.Module):
         if layout.order is not None:
             pixel_values = pixel_values[layout.order]
         x = self.patch_embed(pixel_values.flatten(1).to(self.patch_embed.weight.dtype))
-        x = x + torch.cat([self._positions(group) for group in layout.groups])
+        x = x + self._positions(layout.groups)
         turns = torch.cat([self._turns(group) for group in layout.groups])[:, None, None]
         for layer in self.layers:
             x = layer(x, turns, layout)
         return self.final_norm(x)
 
-    def _positions(self, group: Group) -> torch.Tensor:
-        """Learned table resampled to the grid, and a time row for each frame of a chunk with several: [n * L, D]."""
-        t, h, w = group.grid
-        table = self.positions
-        if table.shape[:2] != (h, w):
-            # Keys' kernel without antialiasing and with pixel centres aligned, in the table's own precision.
-            with without_autocast(table.device):
-                table = F.interpolate(table.permute(2, 0, 1)[None], (h, w), mode="bicubic", align_corners=False)
-            table = table[0].permute(1, 2, 0)
-        rows = table.reshape(1, h * w, -1)
-        if t > 1:
-            rows = rows + self.time_table[:t, None].to(rows.dtype)
-        return rows.reshape(t * h * w, -1).repeat(len(group.items), 1)
+    def _positions(self, groups: Sequence[Group]) -> torch.Tensor:
+        """Learned table resampled to each grid, and a time row for each frame of a chunk with several: [P, D]."""
+        pieces = []
+        tables = resample(self.positions, [group.grid[1:] for group in groups])
+        for group, table in zip(groups, tables, strict=True):
+            t, h, w = group.grid
+            rows = table.reshape(1, h * w, -1)
+            if t > 1:
+                rows = rows + self.time_table[:t, None].to(rows.dtype)
+            pieces.append(rows.reshape(t * h * w, -1).repeat(len(group.items), 1))
+        return torch.cat(pieces)
 
     def _turns(self, group: Group) -> torch.Tensor:
         """Rotations exp(i angle) of every patch, [n * L, K / 2] complex64, alike in all frames."""
@@ -234,6 +232,32 @@ def plan_layout(grids: Sequence[Grid], device: torch.device, varlen: bool = Fals
     if varlen and len(groups) > 1:
         cu_seqlens = torch.tensor([0, *(sizes[i] for i in sequence)]).cumsum(0).to(device, torch.int32)
     return Layout(groups, order, cu_seqlens, max(sizes))
+
+
+def resample(table: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Resamples a table [H, W, D] to each size (h, w), as torch's bicubic `interpolate` does: one [h, w, D] each.
+
+    Bicubic weights of rows and columns are apart, so that a size takes a product with [h, H] and one with [w, W], the
+    former in one for all sizes. `interpolate` takes kernels of its own for every size, and its gradient adds up by
+    atomics. In fp32 both agree to rounding (unless products are allowed less), in 16 bits this one rounds once.
+    """
+    height, width, _ = table.shape
+    if all(size == (height, width) for size in sizes):
+        return [table] * len(sizes)
+    with without_autocast(table.device):
+        rows = torch.cat([_weights(height, h, table.device) for h, _ in sizes])
+        tall = (rows @ table.float().flatten(1)).unflatten(1, (width, -1))  # [sum of h, W, D]
+        pieces = zip(tall.split([h for h, _ in sizes]), sizes, strict=True)
+        return [(_weights(width, w, table.device) @ piece).to(table.dtype) for piece, (_, w) in pieces]
+
+
+@functools.cache
+def _weights(size: int, wanted: int, device: torch.device) -> torch.Tensor:
+    """Bicubic weights [wanted, size] fp32: kernel without antialiasing, pixel centres aligned. Kept as layouts are."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        impulses = torch.eye(size).view(1, size, size, 1)
+        spread = F.interpolate(impulses, (wanted, 1), mode="bicubic", align_corners=False)
+        return spread[0, :, :, 0].T.contiguous().to(device)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:

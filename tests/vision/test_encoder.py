@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from kimi_mm.config import ConfigError, ModelConfig, VisionConfig, VisionTowerConfig
 from kimi_mm.errors import UserError
-from kimi_mm.vision.encoder import VisionEncoder, attend, plan_layout, time_rows
+from kimi_mm.vision.encoder import VisionEncoder, attend, plan_layout, resample, time_rows
 from kimi_mm.vision.presets import PRESETS, vision_preset
 from kimi_mm.vision.projector import merge_cells
 from tests.vision.tiny import EYES, GRIDS, TOWER, patches, shaken
@@ -210,3 +210,25 @@ def test_gpu_equals_cpu(encoder, grids):
         device = device.bfloat16()
         for a, b in zip(device(patches(grids).cuda(), grids), want, strict=True):
             assert ((a.cpu().float() - b).norm() / b.norm()) < 0.03
+
+
+def test_resampled_tables_and_their_gradient_are_those_of_interpolate():
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(14, 56), (64, 16), (2, 2), (12, 10), (90, 34), (24, 10)]
+    table = torch.randn(12, 10, 8, generator=generator, requires_grad=True)
+    ours = resample(table, sizes)
+    want = [F.interpolate(table.permute(2, 0, 1)[None], size, mode="bicubic")[0].permute(1, 2, 0) for size in sizes]
+    for got, expected in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    pull = [torch.randn(x.shape, generator=generator) for x in want]
+    (slope,), (expected,) = (torch.autograd.grad(tables, table, pull) for tables in (ours, want))
+    torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert resample(table, [(12, 10)])[0] is table
+
+
+def test_tables_in_sixteen_bits_are_rounded_once():
+    table = torch.randn(12, 10, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    exact = F.interpolate(table.double().permute(2, 0, 1)[None], (14, 22), mode="bicubic")[0].permute(1, 2, 0)
+    (ours,) = resample(table, [(14, 22)])
+    assert ours.dtype == torch.bfloat16
+    assert (ours == exact.bfloat16()).float().mean() > 0.99
