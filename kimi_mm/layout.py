@@ -67,10 +67,12 @@ class Streams:
         self.clip_row.append(row)
         self.item_index.append(item)
 
-    def fill(self, audio: int, text: int, count: int, item: int) -> None:
-        """Appends `count` positions of an item, as so many calls of `add` would."""
-        for values, value in zip(vars(self).values(), (audio, text, -1, -1, IGNORE, IGNORE, item), strict=True):
-            values.extend([value] * count)
+    def fill(
+        self, audio: int, text: int | list[int], count: int, *, labels: int | list[int] = IGNORE, item: int = -1
+    ) -> None:
+        """Appends `count` positions at once; each value is one for all of them, or a list."""
+        for values, value in zip(vars(self).values(), (audio, text, -1, -1, labels, IGNORE, item), strict=True):
+            values.extend(value if isinstance(value, list) else [value] * count)
 
     def extend(self, other: Streams) -> None:
         """Appends another conversation, whose clips, pictures and chunks are numbered after those that are here."""
@@ -203,11 +205,13 @@ class Layout:
 
     def _text(self, streams: Streams, text: str, *, learn: bool, end: bool = True) -> None:
         # A label sits on the position that must predict it, one before the token itself.
-        blank = self.ids["text_blank"]
-        for token in [*self.tokenizer.encode(text), *([self.ids["text_eos"]] if learn and end else [])]:
-            if learn:
-                streams.text_labels[-1] = token
-            streams.add(blank, token)
+        tokens = [*self.tokenizer.encode(text), *([self.ids["text_eos"]] if learn and end else [])]
+        if not tokens:
+            return
+        labels = [*tokens[1:], IGNORE] if learn else IGNORE
+        if learn:
+            streams.text_labels[-1] = tokens[0]
+        streams.fill(self.ids["text_blank"], tokens, len(tokens), labels=labels)
 
     def _spoken(self, streams: Streams, clip: int, parts: Sequence[dict[str, Any]], where: str) -> int:
         """Lays out a reply of text and speech, msg_end included; returns how many recordings it has to be given.
@@ -262,7 +266,7 @@ class Layout:
             streams.add(self.ids["media_begin"], blank)
             self._text(streams, part["type"], learn=False)
             streams.add(self.ids["media_content"], blank)
-            streams.fill(self.ids["media_pad"], blank, count, item)
+            streams.fill(self.ids["media_pad"], blank, count, item=item)
             streams.add(self.ids["media_end"], blank)
             item += 1
         return item

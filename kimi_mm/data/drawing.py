@@ -156,10 +156,20 @@ def place(canvas: Image.Image, icon: Image.Image, left: int, top: int, size: int
     """Pastes an icon, scaled to `size` pixels, at (left, top), with a rim of colour `halo` around it where given."""
     small = icon.resize((size, size), Image.Resampling.BICUBIC if size < icon.width else Image.Resampling.BILINEAR)
     if halo is not None:
-        alpha = np.asarray(small.getchannel("A"))
-        rim = Image.fromarray(alpha).filter(ImageFilter.MaxFilter(2 * max(1, size // 28) + 1))
-        canvas.paste(Image.new("RGB", small.size, halo), (left, top), rim)
+        rim = Image.fromarray(widened(np.asarray(small.getchannel("A")), max(1, size // 28)))
+        canvas.paste(halo, (left, top, left + size, top + size), rim)
     canvas.paste(small, (left, top), small)
+
+
+def widened(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Returns for each place of a mask [H, W] the largest value within `reach` rows and columns of it."""
+    for _ in range(2):  # along rows, then along columns
+        wide = mask.copy()
+        for step in range(1, min(reach, len(mask) - 1) + 1):
+            np.maximum(wide[step:], mask[:-step], out=wide[step:])
+            np.maximum(wide[:-step], mask[step:], out=wide[:-step])
+        mask = wide.T
+    return np.ascontiguousarray(mask)
 
 
 def stands_out(icon: Image.Image, rgb: Rgb) -> bool:
@@ -182,7 +192,7 @@ def camera(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     pixels = np.asarray(image)
     if rng.random() < 0.3:
         table = np.arange(256) * rng.uniform(0.85, 1.1) + rng.uniform(-12, 12)
-        pixels = np.clip(table, 0, 255).astype(np.uint8)[pixels]
+        pixels = np.clip(table, 0, 255).astype(np.uint8).take(pixels)
     if rng.random() < 0.2:
         strength = int(rng.integers(3, 14))
         noise = rng.integers(-strength, strength + 1, pixels.shape, np.int8)

@@ -9,6 +9,7 @@ Shapes: B rows, T positions of the bucket, P patches of all pictures, p pixels a
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from kimi_mm.data.art import Art
 from kimi_mm.data.questions import Asker, Question
 from kimi_mm.data.scenes import KINDS, compose, fits
 from kimi_mm.layout import IGNORE, Layout, Streams
+from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.training.vision_config import SceneDataConfig
 
 PATCH, CELL = 14, 28
@@ -112,6 +114,13 @@ def make_buckets(config: SceneDataConfig, prompt_positions: int) -> list[Bucket]
     return buckets
 
 
+class _Remembering(TextTokenizer):
+    """A tokenizer that keeps its answers: every text is measured, then laid out, and wordings come again and again."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.encode = functools.lru_cache(1 << 14)(tokenizer.encode)
+
+
 class SceneDrawer:
     """Makes batches by number; lives in the trainer's process or in each worker.
 
@@ -122,7 +131,8 @@ class SceneDrawer:
     """
 
     def __init__(self, config: SceneDataConfig, layout: Layout, seed: int) -> None:
-        self.config, self.layout, self.seed = config, layout, seed
+        self.config, self.layout, self.seed = config, copy.copy(layout), seed
+        self.layout.tokenizer = _Remembering(layout.tokenizer)
         unknown = sorted(set(config.kinds) - set(KINDS))
         if unknown:
             raise ConfigError(f"scenes.kinds: '{unknown[0]}' is unknown; known: {', '.join(KINDS)}.")
@@ -131,8 +141,6 @@ class SceneDrawer:
         empty = layout.streams([{"role": "user", "content": [{"type": "image", "num_tokens": 1}]}])
         self.prompt = len(empty) - 1
         self.buckets = make_buckets(config, self.prompt)
-        # Wordings come again and again; a text is measured first, and laid out later.
-        self._length = functools.lru_cache(1 << 16)(lambda text: len(layout.tokenizer.encode(text)))
 
     def bucket(self, number: int) -> Bucket:
         """Returns the sizes of batch `number`."""
@@ -170,11 +178,11 @@ class SceneDrawer:
 
     def _talk(self, asked: Sequence[Question], num_tokens: int, positions: int) -> Streams:
         """Lays out as many questions and answers as there is room for."""
-        room = positions - num_tokens - self.prompt
+        encode, room = self.layout.tokenizer.encode, positions - num_tokens - self.prompt
         messages, used = [], 0
         for question in asked[: self.config.max_questions]:
             # Besides the words, a turn has the markers of two messages and the end of the answer.
-            used += 5 + self._length(question.text) + self._length(question.answer)
+            used += 5 + len(encode(question.text)) + len(encode(question.answer))
             if messages and used > room:
                 break
             parts = [] if messages else [{"type": "image", "num_tokens": num_tokens}]

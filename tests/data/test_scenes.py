@@ -8,7 +8,7 @@ import pytest
 
 from kimi_mm.data.art import ART, HELD_OUT, Art, held_out
 from kimi_mm.data.digits import coarse_digit, coarse_picture, written_digit
-from kimi_mm.data.drawing import COLORS, SHAPES, distance, outlined, pick_rgb, shape_icon
+from kimi_mm.data.drawing import COLORS, SHAPES, distance, outlined, pick_rgb, shape_icon, widened
 from kimi_mm.data.scenes import KINDS, MAX_COUNT, compose, compositions, fits
 from kimi_mm.data.writing import SMALLEST, ink_for
 
@@ -169,3 +169,10 @@ def test_bad_arguments(art):
         compose(art, "opera", (100, 100), np.random.default_rng(0))
     with pytest.raises(ValueError, match="at least 28"):
         compose(art, "one", (20, 100), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("shape", "reach"), [((30, 30), 1), ((40, 25), 6), ((3, 9), 7), ((1, 5), 2)])
+def test_rims_are_those_of_a_filter(shape, reach):
+    mask = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    inside = [np.s_[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] for y, x in np.ndindex(shape)]
+    assert np.array_equal(widened(mask, reach).flatten(), [mask[part].max() for part in inside])
