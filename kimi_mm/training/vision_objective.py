@@ -23,7 +23,7 @@ from kimi_mm.text.backbone import Backbone
 from kimi_mm.training.graphs import Graphed
 from kimi_mm.training.objectives import Losses, SpeechTextObjective, cross_entropy
 from kimi_mm.training.recipe import Recipe
-from kimi_mm.vision.encoder import VisionEncoder
+from kimi_mm.vision.encoder import Layout, VisionEncoder, kept_layout
 
 
 class _Looking(nn.Module):
@@ -32,10 +32,12 @@ class _Looking(nn.Module):
     def __init__(self, vision: VisionEncoder, backbone: Backbone, grids: tuple[Grid, ...]) -> None:
         super().__init__()
         self.vision, self.backbone, self.grids = vision, backbone, list(grids)
+        self.layout: Layout | None = None  # which a captured graph goes on reading
 
     def forward(
         self, patches: torch.Tensor, text_ids: torch.Tensor, audio_ids: torch.Tensor, vision_at: torch.Tensor
     ) -> torch.Tensor:
+        self.layout = kept_layout(tuple(self.grids), patches.device)
         pixels = patches.float().div_(255.0).sub_(0.5).div_(0.5)
         rows = torch.cat(self.vision(pixels, self.grids))
         x = self.backbone.embed(text_ids, audio_ids)

@@ -181,7 +181,7 @@ class VisionEncoder(nn.Module):
         self._check(pixel_values, grids)
         if not grids:
             return []
-        layout = _layout(tuple(grids), pixel_values.device)
+        layout = kept_layout(tuple(grids), pixel_values.device)
         x_PD = self.tower(pixel_values, layout)
         cells: list[torch.Tensor] = [x_PD] * len(grids)
         pieces = x_PD.split([group.patches for group in layout.groups])
@@ -204,8 +204,12 @@ class VisionEncoder(nn.Module):
 
 
 @functools.lru_cache(maxsize=16)
-def _layout(grids: tuple[Grid, ...], device: torch.device) -> Layout:
-    """Layouts are kept: a device is not waited for twice, and a captured graph may not copy from the host at all."""
+def kept_layout(grids: tuple[Grid, ...], device: torch.device) -> Layout:
+    """Returns the layout of a batch, one of the last few or a new one.
+
+    A device is not waited for twice, and a captured graph may not copy from the host at all; since it reads the layout
+    at every replay, whoever keeps such a graph has to keep the layout too.
+    """
     with torch.inference_mode(False):
         return plan_layout(grids, device, device.type == "cuda")
 
