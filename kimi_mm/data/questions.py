@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kimi_mm.data.art import Named
-from kimi_mm.data.drawing import SHAPES
+from kimi_mm.data.drawing import SHAPES, pick
 from kimi_mm.data.scenes import Scene
 from kimi_mm.data.where import Relation, position_of, relations, singles
 
@@ -82,7 +82,7 @@ class Asker:
             ("What does the picture show?", f"The picture shows {said}."),
             ("Describe the picture.", f"{said} on a {scene.background} background."),
         ]
-        text, answer = forms[rng.choice(len(forms), p=[0.4, 0.15, 0.15, 0.3])]
+        text, answer = forms[pick(rng, (0.4, 0.15, 0.15, 0.3))]
         return Question("caption", text, _upper(answer), truth)
 
     def _inventory(self, scene: Scene) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from kimi_mm.config import ConfigError
 from kimi_mm.data.art import Art
+from kimi_mm.data.drawing import pick
 from kimi_mm.data.questions import Asker, Question
 from kimi_mm.data.scenes import KINDS, compose, fits
 from kimi_mm.layout import IGNORE, Layout, Streams
@@ -144,9 +145,7 @@ class SceneDrawer:
 
     def bucket(self, number: int) -> Bucket:
         """Returns the sizes of batch `number`."""
-        rng = np.random.default_rng((self.seed, number))
-        shares = np.asarray(self.config.cell_shares)
-        return self.buckets[rng.choice(len(self.buckets), p=shares / shares.sum())]
+        return self.buckets[pick(np.random.default_rng((self.seed, number)), self.config.cell_shares)]
 
     def draw(self, number: int, memory: np.ndarray | None = None) -> Drawn:
         """Returns batch `number`, as views of `memory` where it is given: [bytes] uint8, at least `bucket.nbytes`."""
@@ -167,8 +166,7 @@ class SceneDrawer:
         size = tuple(int(CELL * n - (rng.integers(0, CELL) if rng.random() < 0.7 else 0)) for n in (rows, columns))
         size = (max(size[0], CELL), max(size[1], CELL))
         kinds = {kind: share for kind, share in self.config.kinds.items() if share and fits(kind, size)} or {"one": 1.0}
-        shares = np.asarray(list(kinds.values()))
-        kind = list(kinds)[rng.choice(len(kinds), p=shares / shares.sum())]
+        kind = list(kinds)[pick(rng, tuple(kinds.values()))]
         scene = compose(self.art, kind, size, rng)
         canvas = np.zeros((CELL * rows, CELL * columns, 3), np.uint8)
         canvas[: size[0], : size[1]] = scene.image

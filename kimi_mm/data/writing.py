@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from kimi_mm.data.art import Art, held_out
 from kimi_mm.data.digits import coarse_digit, coarse_picture, written_digit
-from kimi_mm.data.drawing import COLORS, Rgb, distance, pick_rgb
+from kimi_mm.data.drawing import COLORS, Rgb, distance, pick, pick_rgb
 
 SMALLEST = 15  # pixels to the em
 Box = tuple[int, int, int, int]
@@ -111,7 +111,7 @@ def ink_for(paper: Rgb, rng: np.random.Generator) -> Rgb:
 
 
 def _lines(art: Art, rng: np.random.Generator, test: bool) -> tuple[str, ...]:
-    number = int(rng.choice([1, 2, 3, 4], p=[0.5, 0.3, 0.12, 0.08] if not test else [0.6, 0.3, 0.1, 0.0]))
+    number = 1 + pick(rng, (0.6, 0.3, 0.1) if test else (0.5, 0.3, 0.12, 0.08))
     words = [_word(art, rng, test) for _ in range(number)]
     case = rng.random()
     if case > 0.8:

@@ -8,7 +8,7 @@ import pytest
 
 from kimi_mm.data.art import ART, HELD_OUT, Art, held_out
 from kimi_mm.data.digits import coarse_digit, coarse_picture, written_digit
-from kimi_mm.data.drawing import COLORS, SHAPES, distance, outlined, pick_rgb, shape_icon, widened
+from kimi_mm.data.drawing import COLORS, SHAPES, distance, outlined, pick, pick_rgb, shape_icon, widened
 from kimi_mm.data.scenes import KINDS, MAX_COUNT, compose, compositions, fits
 from kimi_mm.data.writing import SMALLEST, ink_for
 
@@ -176,3 +176,10 @@ def test_rims_are_those_of_a_filter(shape, reach):
     mask = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     inside = [np.s_[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] for y, x in np.ndindex(shape)]
     assert np.array_equal(widened(mask, reach).flatten(), [mask[part].max() for part in inside])
+
+
+def test_picks_are_those_of_choice():
+    ours, theirs = (np.random.default_rng(4) for _ in range(2))
+    for shares in ((0.4, 0.3, 0.3), (1.0,), (0.0, 2.0, 5.0)):
+        p = np.asarray(shares) / sum(shares)
+        assert [pick(ours, shares) for _ in range(200)] == theirs.choice(len(shares), 200, p=p).tolist()
