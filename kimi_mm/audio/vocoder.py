@@ -181,7 +181,7 @@ class Vocoder(nn.Module):
         pitch = F.pad(pitch, (late, 0))[:, : x.shape[1]]
         voiced, state = pitch > 0, SourceState.start(len(mel), mel.device)
         noise = torch.randn(*x.shape[:2], *self.noise.shape[1:], device=mel.device) * 0.5**0.5
-        frames, _ = self._sourced(x, torch.where(voiced, pitch, LOWEST_HZ), voiced, state, noise)
+        frames, _ = self._sourced(x, pitch.masked_fill(~voiced, LOWEST_HZ), voiced, state, noise)
         loss = self.pitch.loss(self.pitch(x[:, late:]), pitch[:, late:])
         return self._overlap_add(frames, past[-1])[0], loss
 

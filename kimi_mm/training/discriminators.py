@@ -4,7 +4,8 @@
                  └─ |STFT| [B, 1, F, W] ────────► 2-d convolutions ────────────► scores       one for each resolution
 
 HiFi-GAN's multi-period discriminator (Kong et al. 2020, section 2.3) and UnivNet's of several resolutions (Jang et al.
-2021), a few times narrower.
+2021), a few times narrower. Images are laid out with channels last, as the tensor cores read them: otherwise every
+convolution would turn its input and output around.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class _Stack(nn.Module):
         self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
         self.last = weight_norm(last)
 
-    def forward(self, x: torch.Tensor) -> Judged:
-        features = []
+    def forward(self, image: torch.Tensor) -> Judged:
+        """Maps images of one channel [B, H, W] to scores and features, all with channels last."""
+        # A channel of stride 1 tells a convolution so; `contiguous` would leave an only channel as it is.
+        x, features = image.contiguous()[..., None].permute(0, 3, 1, 2), []
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.1)
             features.append(x)
@@ -48,7 +51,7 @@ class PeriodDiscriminator(_Stack):
     def forward(self, wave: torch.Tensor) -> Judged:
         """Maps waves [B, S] to scores and features."""
         padded = F.pad(wave, (0, -wave.shape[1] % self.period))
-        return super().forward(padded.unflatten(1, (-1, self.period))[:, None])
+        return super().forward(padded.unflatten(1, (-1, self.period)))
 
 
 class ResolutionDiscriminator(_Stack):
@@ -67,13 +70,11 @@ class ResolutionDiscriminator(_Stack):
     def forward(self, wave: torch.Tensor) -> Judged:
         """Maps waves [B, S] to scores and features."""
         with torch.autocast(wave.device.type, enabled=False):
-            spectrum = torch.stft(
-                wave.float(), self.n_fft, self.n_fft // 4, window=self.window, center=False, return_complex=True
-            )
+            spectrum = torch.fft.rfft(wave.float().unfold(1, self.n_fft, self.n_fft // 4) * self.window)
             # The cube root brings quiet partials up, as a logarithm would, without its pole.
             power = spectrum.real.square() + spectrum.imag.square()
             level = (power + 1e-9).pow(1 / 6)
-        return super().forward(level.transpose(1, 2)[:, None])
+        return super().forward(level)
 
 
 class Discriminators(nn.Module):
@@ -96,6 +97,17 @@ class Discriminators(nn.Module):
         return [part(wave) for part in self.parts]
 
 
+def halves(judged: list[Judged]) -> tuple[list[Judged], list[Judged]]:
+    """Takes apart what was judged in one batch [2 B, S]: its first B rows, and its last."""
+    first, last = [], []
+    for scores, features in judged:
+        a, b = scores.chunk(2)
+        pairs = [feature.chunk(2) for feature in features]
+        first.append((a, [pair[0] for pair in pairs]))
+        last.append((b, [pair[1] for pair in pairs]))
+    return first, last
+
+
 def discriminator_loss(real: list[Judged], fake: list[Judged]) -> torch.Tensor:
     """Least squares: real waves should score 1, made ones 0; the mean over parts."""
     losses = [
@@ -108,7 +120,7 @@ def generator_loss(real: list[Judged], fake: list[Judged]) -> tuple[torch.Tensor
     """Returns the least-squares loss of made waves that should score 1, and the distance of features, both means."""
     scores = torch.stack([(1 - f).float().square().mean() for f, _ in fake]).mean()
     distances = [
-        (a.detach() - b).float().abs().mean()
+        (a.detach() - b).abs().mean(dtype=torch.float32)
         for (_, ra), (_, fb) in zip(real, fake, strict=True)
         for a, b in zip(ra, fb, strict=True)
     ]

@@ -1,9 +1,10 @@
 """Parts of a training step as CUDA graphs, one for each batch shape.
 
     batch ─► Replayed (augmentation, audio tokenizer; no gradients) ─► GraphedBackbone (forward, backward) ─► losses
+    batch ─► GraphedLosses (everything of a stage whose batches have one shape; forward, backward) ─────────► losses
 
 Small models are bound by kernel launches, thousands a step; a captured graph replays them all at once. Loaders give
-batches of a few fixed shapes, so a handful of captures serve a whole run. Losses and optimiser stay eager.
+batches of a few fixed shapes, so a handful of captures serve a whole run. The optimiser stays eager.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,11 +47,26 @@ class _InAutocast(nn.Module):
             return self.module(*inputs)
 
 
+class _Losses(nn.Module):
+    """A function to named losses as a module to their values, with the parameters of `owner`."""
+
+    def __init__(self, owner: nn.Module, function: Callable[..., dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.owner, self.function = owner, function
+        self.names: tuple[str, ...] = ()
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        losses = self.function(*inputs)
+        self.names = tuple(losses)
+        return tuple(losses.values())
+
+
 class Graphed:
     """Callable that stands for a module during training: forward and backward are captured once for each shape.
 
     Args:
-        module: from tensors to one tensor; its parameters are read and receive gradients in place.
+        module: from tensors to a tensor, or to a tuple of them; must not read anything back. Its parameters are read
+            and receive gradients in place.
         enabled: False runs eagerly, as on a CPU and in runs of several processes. Gradient accumulation is not
             possible when True, since replays overwrite the gradients they returned.
     """
@@ -59,7 +76,7 @@ class Graphed:
         self._graphs: dict[tuple, nn.Module] = {}
         self._pool = None
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         """Returns what the module returns; with graphs it is valid until the next call of the same shapes."""
         device = inputs[0].device
         alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
@@ -75,6 +92,8 @@ class Graphed:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        # Capturing must not move the random numbers of the run: a resumed one captures again.
+        draws = torch.cuda.get_rng_state()
         with capturing, torch.autocast("cuda", enabled=False):
             graphed = torch.cuda.make_graphed_callables(
                 _InAutocast(self.module, dtype),
@@ -82,6 +101,7 @@ class Graphed:
                 allow_unused_input=True,
                 pool=self._pool,
             )
+        torch.cuda.set_rng_state(draws)
         log.info("captured %s in %.1f s", [tuple(t.shape) for t in inputs], time.monotonic() - started)
         return graphed  # type: ignore[return-value]
 
@@ -91,6 +111,25 @@ class GraphedBackbone(Graphed):
 
     def __init__(self, backbone: Backbone, enabled: bool) -> None:
         super().__init__(_Embedded(backbone), enabled)
+
+
+class GraphedLosses(Graphed):
+    """Stands for a function from tensors to named losses, random draws included, which differ in each replay.
+
+    Args:
+        owner: module that holds all parameters which the losses train.
+        function: from tensors to losses.
+        enabled: as of `Graphed`.
+    """
+
+    def __init__(self, owner: nn.Module, function: Callable[..., dict[str, torch.Tensor]], enabled: bool) -> None:
+        self._losses = _Losses(owner, function)
+        super().__init__(self._losses, enabled)
+
+    def __call__(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns losses that stay valid: what is logged is averaged over many steps."""
+        values = super().__call__(*inputs)
+        return {name: value.clone() for name, value in zip(self._losses.names, values, strict=True)}
 
 
 class Replayed:

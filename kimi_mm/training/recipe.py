@@ -111,7 +111,8 @@ class Recipe(Config):
         init_vocoder: checkpoint folder whose vocoder replaces that of `init`.
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
         stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
-        cuda_graphs: replay the backbone as CUDA graphs, one for each batch shape; a single GPU without accumulation.
+        cuda_graphs: replay the backbone, or all of a stage of speech output, as CUDA graphs, one for each batch shape;
+            a single GPU without accumulation.
         token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
         train_seconds: of training in all, over however many starts: the schedule, `augment_from` included, follows this
             clock where it is further than the steps, and the run ends when they are spent (0: steps alone count).

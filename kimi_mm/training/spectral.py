@@ -8,6 +8,7 @@ Shapes: B rows, S samples, F frames, W frequencies, M mel bins.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kimi_mm.audio.features import mel_filters
@@ -56,5 +57,7 @@ class SpectralDistance(nn.Module):
     def _magnitude(self, wave: torch.Tensor, size: int, hop: int) -> torch.Tensor:
         """Magnitudes [B, F, W] of waves [B, S]."""
         window = getattr(self, f"window_{size}")
-        spectrum = torch.stft(wave.float(), size, hop, window=window, return_complex=True)
-        return (spectrum.real.square() + spectrum.imag.square() + 1e-7).sqrt().transpose(1, 2)
+        padded = F.pad(wave.float()[:, None], (size // 2, size // 2), mode="reflect")[:, 0]
+        # As torch.stft, whose gradient adds frame after frame with atomics.
+        spectrum = torch.fft.rfft(padded.unfold(1, size, hop) * window)
+        return (spectrum.real.square() + spectrum.imag.square() + 1e-7).sqrt()

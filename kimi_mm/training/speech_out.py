@@ -10,6 +10,8 @@ Shapes: B rows, N codes, T = 4 N mel frames, C chunks, M mel bins, S samples.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -24,7 +26,8 @@ from kimi_mm.data.resample import to_16k
 from kimi_mm.data.target_loader import TargetBatch
 from kimi_mm.data.targets import PITCH_HOP
 from kimi_mm.model import Model
-from kimi_mm.training.discriminators import Discriminators, discriminator_loss, generator_loss
+from kimi_mm.training.discriminators import Discriminators, discriminator_loss, generator_loss, halves
+from kimi_mm.training.graphs import GraphedLosses
 from kimi_mm.training.recipe import Recipe
 from kimi_mm.training.spectral import SpectralDistance
 from kimi_mm.training.speech_out_config import FlowTrainingConfig
@@ -49,17 +52,27 @@ class FlowObjective(nn.Module):
             start_code_embedding(self.dit, model.audio.quantizer.codebook)
         # Frozen, and kept out of the optimiser and of train() by not being a submodule.
         self._tokenizer = [model.audio.eval().requires_grad_(False)]
+        self._run = {
+            augmented: GraphedLosses(self, partial(self._losses, augmented), recipe.cuda_graphs)
+            for augmented in (False, True)
+        }
 
     def forward(self, batch: TargetBatch, augmented: bool) -> Losses:
-        target = batch.targets.float() / 32768
-        codes = self._codes(batch, target, augmented)
+        """Returns the losses of a batch: "flow" over all flow times, "flow_late" over those near the data."""
+        return self._run[augmented](batch.targets, batch.heard, batch.own, batch.canonical)
+
+    def _losses(
+        self, augmented: bool, targets: torch.Tensor, heard: torch.Tensor, own: torch.Tensor, canonical: torch.Tensor
+    ) -> Losses:
+        """Losses of a batch's tensors (see `TargetBatch`), without host synchronisation."""
+        target = targets.float() / 32768
+        codes = self._codes(target, heard, own, augmented)
         mel = self.mel.normalize(self.mel(target))
-        chunks = draw_chunks(codes.shape[1], self.config, self.dit.frames_per_code)
-        unjudged, count = self._prompt_frames(chunks), int(chunks[-1]) + 1
-        chunks = chunks.to(mel.device, non_blocking=True)
+        chunks = draw_chunks(codes.shape[1], self.config, self.dit.frames_per_code, mel.device)
+        unjudged = self._prompt_frames(chunks)
         rows, drop = len(mel), self.config
         noise = torch.randn_like(mel)
-        time = torch.rand(rows, count, device=mel.device)[:, chunks]
+        time = torch.rand(rows, codes.shape[1], device=mel.device)[:, chunks]
         noisy, velocity = flow_path(mel, noise, time[..., None], self.sigma_min)
 
         lost = torch.rand(rows, 1, device=mel.device) < drop.code_dropout
@@ -74,27 +87,28 @@ class FlowObjective(nn.Module):
         cond = torch.cat([self.dit.condition(drawn_from), self.dit.condition(past)], 1)
         guess = self.dit(x, times, cond, self.dit.chunk_context(chunks))[:, : mel.shape[1]]
         error = (guess.float() - velocity).square().mean(-1)
-        judged = batch.canonical[:, None] | (torch.arange(mel.shape[1], device=mel.device) >= unjudged)
+        judged = canonical[:, None] | (torch.arange(mel.shape[1], device=mel.device) >= unjudged)
         loss = (error * judged).sum() / judged.sum().clamp_min(1)
         late = judged & (time > 0.5)
-        return {"loss": loss, "flow": loss, "flow_late": (error * late).sum() / late.sum().clamp_min(1)}
+        flow_late = (error.detach() * late).sum() / late.sum().clamp_min(1)
+        return {"loss": loss, "flow": loss.detach(), "flow_late": flow_late}
 
     @torch.no_grad()
-    def _codes(self, batch: TargetBatch, target: torch.Tensor, augmented: bool) -> torch.Tensor:
+    def _codes(self, target: torch.Tensor, heard: torch.Tensor, own: torch.Tensor, augmented: bool) -> torch.Tensor:
         """Codes [B, N] of the other voice, or of the target itself where the batch says so."""
         tokenizer = self._tokenizer[0]
-        heard = torch.where(batch.own[:, None], to_16k(target), batch.heard.float() / 32768)
+        heard = torch.where(own[:, None], to_16k(target), heard.float() / 32768)
         if augmented:
             lengths = torch.full((len(heard),), heard.shape[1], device=heard.device)
             heard = augment(heard, lengths, self.recipe.augment)
         features = tokenizer.features_from_wave(heard)
         return tokenizer.quantize(features).codes
 
-    def _prompt_frames(self, chunks: torch.Tensor) -> int:
+    def _prompt_frames(self, chunks: torch.Tensor) -> torch.Tensor:
         """Frames before which other voices are not judged: the first end of a chunk after `prompt_seconds`."""
         rate = self.mel.config.sample_rate / self.mel.config.hop_length
         first = min(int(self.config.prompt_seconds * rate), len(chunks) - 1)
-        return int((chunks <= chunks[first]).sum())
+        return (chunks <= chunks[first]).sum()
 
 
 @torch.no_grad()
@@ -114,16 +128,13 @@ def start_code_embedding(dit: DiT, codebook: torch.Tensor) -> None:
     dit.code_embedding.weight[:count] = rows * (CODE_SPREAD / rows.std().clamp_min(1e-6))
 
 
-def draw_chunks(codes: int, config: FlowTrainingConfig, frames_per_code: int) -> torch.Tensor:
+def draw_chunks(codes: int, config: FlowTrainingConfig, frames_per_code: int, device: torch.device) -> torch.Tensor:
     """Cuts a row into chunks of random length; returns the chunk number of each frame, [codes * frames_per_code]."""
-    if torch.rand(()) < config.whole_share:
-        return torch.zeros(codes * frames_per_code, dtype=torch.long)
-    sizes: list[int] = []
-    while sum(sizes) < codes:
-        size = int(torch.randint(config.min_chunk_codes, config.max_chunk_codes + 1, ()))
-        sizes.append(min(size, codes - sum(sizes)))
-    numbers = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    return numbers.repeat_interleave(frames_per_code)
+    most = -(-codes // config.min_chunk_codes)
+    ends = torch.randint(config.min_chunk_codes, config.max_chunk_codes + 1, (most,), device=device).cumsum(0)
+    numbers = torch.searchsorted(ends, torch.arange(codes, device=device), right=True)
+    cut = torch.rand((), device=device) >= config.whole_share
+    return (numbers * cut)[:, None].expand(-1, frames_per_code).flatten()
 
 
 class VocoderObjective(nn.Module):
@@ -150,6 +161,10 @@ class VocoderObjective(nn.Module):
                 f"target.row_seconds={recipe.target.row_seconds}: too short, the vocoder's first "
                 f"{(self.unjudged + self.vocoder.delay) / detokenizer.sample_rate:.2f} s cannot be judged."
             )
+        self._run = {
+            adversarial: GraphedLosses(self, partial(self._losses, adversarial), recipe.cuda_graphs)
+            for adversarial in (False, True)
+        }
 
     @property
     def unjudged(self) -> int:
@@ -157,10 +172,15 @@ class VocoderObjective(nn.Module):
         return self.vocoder.receptive_frames * self.vocoder.hop
 
     def forward(self, batch: TargetBatch, adversarial: bool) -> Losses:
-        real = batch.targets.float() / 32768
+        """Returns the losses of a batch, those of the discriminators if `adversarial`."""
+        return self._run[adversarial](batch.targets, batch.pitch)
+
+    def _losses(self, adversarial: bool, targets: torch.Tensor, pitches: torch.Tensor) -> Losses:
+        """Losses of a batch's tensors (see `TargetBatch`), without host synchronisation."""
+        real = targets.float() / 32768
         mel = self.mel(real)
         mel = mel + self.config.mel_noise * torch.randn_like(mel)
-        raw, pitch = self.vocoder.learn(mel, batch.pitch)
+        raw, pitch = self.vocoder.learn(mel, pitches)
         real = real[:, self.unjudged : real.shape[1] - self.vocoder.delay]
         fake = raw[:, self.unjudged + self.vocoder.delay :]
         weights = self.config
@@ -169,8 +189,8 @@ class VocoderObjective(nn.Module):
         if self.vocoder.pitch is not None:
             losses["pitch"] = pitch
         if adversarial:
-            judged_real = self.discriminators(real)
-            losses["discriminator"] = discriminator_loss(judged_real, self.discriminators(fake.detach()))
+            judged_real, judged_made = halves(self.discriminators(torch.cat([real, fake.detach()])))
+            losses["discriminator"] = discriminator_loss(judged_real, judged_made)
             frozen = {name: p.detach() for name, p in self.discriminators.named_parameters()}
             judged_fake = functional_call(self.discriminators, frozen, (fake,))
             losses["generator"], losses["features"] = generator_loss(judged_real, judged_fake)

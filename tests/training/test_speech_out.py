@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from kimi_mm.checkpoint import load_checkpoint
@@ -13,12 +14,20 @@ from kimi_mm.data.debug import write_debug_targets
 from kimi_mm.data.target_loader import TargetLoader
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
-from kimi_mm.training.discriminators import discriminator_loss, generator_loss
+from kimi_mm.training.discriminators import (
+    Discriminators,
+    PeriodDiscriminator,
+    discriminator_loss,
+    generator_loss,
+    halves,
+)
 from kimi_mm.training.recipe import load_recipe
 from kimi_mm.training.run import train
 from kimi_mm.training.spectral import SpectralDistance
 from kimi_mm.training.speech_out import FlowObjective, VocoderObjective, draw_chunks
 from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def test_chunks_cover_the_row_in_whole_codes():
     config = FlowTrainingConfig(min_chunk_codes=3, max_chunk_codes=7, whole_share=0.0)
     lengths = set()
     for _ in range(50):
-        chunks = draw_chunks(40, config, 4)
+        chunks = draw_chunks(40, config, 4, CPU)
         assert len(chunks) == 160
         sizes = torch.bincount(chunks)
         assert (chunks.diff() >= 0).all()
@@ -53,7 +62,7 @@ def test_chunks_cover_the_row_in_whole_codes():
         lengths |= set((sizes[:-1] // 4).tolist())
         assert 1 <= sizes[-1] // 4 <= 7
     assert lengths == {3, 4, 5, 6, 7}
-    assert draw_chunks(40, FlowTrainingConfig(whole_share=1.0), 4).unique().tolist() == [0]
+    assert draw_chunks(40, FlowTrainingConfig(whole_share=1.0), 4, CPU).unique().tolist() == [0]
 
 
 def test_a_perfect_velocity_costs_nothing(targets, monkeypatch):
@@ -146,6 +155,29 @@ def test_scores_of_least_squares():
     assert discriminator_loss([zero], [one]) == 2
     assert generator_loss([one], [one]) == (0, 0)
     assert generator_loss([one], [zero]) == (1, 1)
+
+
+def test_magnitudes_are_those_of_torch():
+    distance, wave = SpectralDistance(24_000), torch.randn(2, 3000)
+    expected = torch.stft(wave, 512, 128, window=torch.hann_window(512), return_complex=True).abs().transpose(1, 2)
+    assert torch.allclose(distance._magnitude(wave, 512, 128), expected, atol=1e-3)
+
+
+def test_discriminators_judge_alike_with_channels_last_and_side_by_side():
+    torch.manual_seed(0)
+    judges, real, fake = Discriminators((2, 3), (512,), 4), torch.randn(2, 3001), torch.randn(2, 3001)
+    for wave, judged in zip((real, fake), halves(judges(torch.cat([real, fake]))), strict=True):
+        for part, (scores, features) in zip(judges.parts, judged, strict=True):
+            if isinstance(part, PeriodDiscriminator):
+                x = F.pad(wave, (0, -3001 % part.period)).view(2, 1, -1, part.period)
+            else:
+                x = torch.stft(wave, 512, 128, window=torch.hann_window(512), center=False, return_complex=True)
+                x = (x.abs().square() + 1e-9).pow(1 / 6).transpose(1, 2)[:, None]
+            for layer, feature in zip(part.layers, features, strict=True):
+                x = F.leaky_relu(layer(x.contiguous()), 0.1)
+                assert torch.allclose(feature, x, atol=1e-5)
+                assert feature.is_contiguous(memory_format=torch.channels_last)
+            assert torch.allclose(scores, part.last(x), atol=1e-5)
 
 
 def test_rows_too_short_to_be_judged_are_refused(targets):
