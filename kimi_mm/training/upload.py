@@ -1,7 +1,7 @@
 """Batches on their way to the device, from a loader's own thread: the step under way does not wait for the next one.
 
-    loader's thread:   batch ─► pinned ─► copied on a stream of its own ─► event
-    training thread:                                                       └─► waited for by the device, not the host
+loader's thread:   batch ─► pinned ─► copied on a stream of its own ─► event
+training thread:                                                       └─► waited for by the device, not the host
 """
 
 from __future__ import annotations
