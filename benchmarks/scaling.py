@@ -122,6 +122,7 @@ def work(options: argparse.Namespace) -> None:
     sent = _share_of_communication(run, options.steps + 2)
     if run.parallel.main:
         options.out.write_text(json.dumps({**found, "sent": sent}), encoding="utf-8")
+    del run
     leave_processes()
 
 

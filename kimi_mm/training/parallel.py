@@ -13,6 +13,7 @@ A step does not depend on how it is spread: micro-batches, their random draws an
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -52,9 +53,18 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """Ends what `join_processes` began; without it a process may be aborted as it exits."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Ends what `join_processes` began, its threads included; call it when nothing refers to the model any more.
+
+    A thread of gloo takes Python's lock to let go of a tensor, and aborts the process if Python is ending by then.
+    Threads end with their group, and a group when nothing holds it: no model, and no mesh, of which PyTorch caches
+    some for good.
+    """
+    if not dist.is_initialized():
+        return
+    gc.collect()  # models are full of cycles
+    for mesh in [found for found in gc.get_objects() if type(found) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()
+    dist.destroy_process_group()
 
 
 def own_device() -> torch.device:

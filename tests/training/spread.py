@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kimi_mm.training import state_sharded, trainer
+from kimi_mm.training.parallel import leave_processes
 from kimi_mm.training.run import train
 from tests.training.processes import print_nowhere
 
@@ -32,6 +33,19 @@ def losses(run: Path, *overrides: str, recipe: str = "text/nano") -> list[dict[s
     finally:
         trainer.Trainer._report = real
     return seen
+
+
+def threads_left(run: Path, *overrides: str) -> tuple[int, int]:
+    """Returns how many threads of gloo there are at the end of a run, and after it left the others."""
+
+    def count() -> int:
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        return names.count("pt_gloo_runloop")
+
+    losses(run, *overrides)
+    before = count()
+    leave_processes()
+    return before, count()
 
 
 def stage(recipe: str, begun: Path, fresh: Path, expert: int, *overrides: str) -> tuple[list, list]:

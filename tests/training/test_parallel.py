@@ -56,6 +56,19 @@ def test_same_losses_as_one_process(ranks, optimizer, parallel, alone, tmp_path)
         assert_same(logged, alone(optimizer))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux names them")
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, "{data: ddp}"), (2, "{data: fsdp}"), (4, "{data: fsdp, expert: 2, context: 2}")],
+    ids=lambda value: str(value),
+)
+def test_no_thread_outlives_the_group(ranks, parallel, tmp_path):
+    """One that does may abort the process while Python ends."""
+    for before, after in together(ranks, spread.threads_left, tmp_path, f"parallel={parallel}", "stop_after=1"):
+        assert before >= 2
+        assert after == 0
+
+
 @pytest.mark.slow
 def test_compiled_parts_do_the_same(alone, tmp_path):
     overrides = ("parallel={compile: true}", "optim.optimizer=adamw", CLIP)
