@@ -66,7 +66,8 @@ class Graphed:
 
     Args:
         module: from tensors to a tensor, or to a tuple of them; must not read anything back. Its parameters are read
-            and receive gradients in place.
+            and receive gradients in place. When a shape is first seen, no autograd graph made eagerly may still hold
+            one of them: it ties the gradient to the default stream, which the capture of a backward must not enter.
         enabled: False runs eagerly, as on a CPU and in runs of several processes. Gradient accumulation is not
             possible when True, since replays overwrite the gradients they returned.
     """

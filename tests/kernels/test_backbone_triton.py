@@ -119,14 +119,14 @@ def test_training_step_as_a_cuda_graph(model, monkeypatch):
         def forward(self, x):
             return self.backbone(x).text_hidden
 
-    x = torch.randn_like(sample, requires_grad=True)
-    want = Hidden()(x)
-    (d_want,) = torch.autograd.grad(want.square().sum(), x)
     used = {name for name, p in model.named_parameters() if "embed" not in name}
     for name, p in model.named_parameters():
         p.requires_grad_(name in used)
+    # Before anything eager: a live graph of the parameters on the default stream would break the capture.
     graphed = torch.cuda.make_graphed_callables(Hidden(), (sample,), allow_unused_input=True)
-    got = graphed(x)
+    x = torch.randn_like(sample, requires_grad=True)
+    want, got = Hidden()(x), graphed(x)
+    (d_want,) = torch.autograd.grad(want.square().sum(), x)
     (d_got,) = torch.autograd.grad(got.square().sum(), x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(d_got, d_want, rtol=1e-3, atol=1e-4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,3 +83,14 @@ class Capturing:
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
+
+
+def in_live_graphs(module: nn.Module) -> list[str]:
+    """Names of the parameters that an autograd graph holds; one made outside the capture's stream would break it."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad and _is_held(parameter)]
+
+
+def _is_held(parameter: nn.Parameter) -> bool:
+    # The node that collects a parameter's gradient lives as long as a graph needs it, and what is noted on it as well.
+    get_gradient_edge(parameter).node.metadata["seen"] = True
+    return "seen" in get_gradient_edge(parameter).node.metadata

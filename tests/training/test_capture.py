@@ -1,4 +1,7 @@
-"""What training captures in CUDA graphs, looked at on a CPU: it reads nothing back and takes no data of the host."""
+"""What training captures in CUDA graphs, looked at on a CPU.
+
+It reads nothing back, takes no data of the host, and begins when no other autograd graph holds its parameters.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from kimi_mm.training.graphs import Graphed, Replayed
 from kimi_mm.training.run import train
 from kimi_mm.training.schedule import source_of_step
 from kimi_mm.training.trainer import Trainer
-from tests.training.capturable import Capturing, NotCapturable
+from tests.training.capturable import Capturing, NotCapturable, in_live_graphs
 
 X = torch.arange(6.0)
 BAD = {
@@ -54,6 +57,17 @@ def test_what_can_be_captured_passes(name):
         GOOD[name]()
 
 
+def test_graphs_that_hold_parameters_are_seen():
+    layer = torch.nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    assert in_live_graphs(layer) == []
+    loss = layer(torch.ones(3)).sum()
+    loss.backward()
+    assert in_live_graphs(layer) == ["weight"]
+    loss = loss.detach()
+    assert in_live_graphs(layer) == []
+
+
 class _Watch:
     """Stands for both kinds of graphs: calls what they would capture as a capture would, and again to go on with."""
 
@@ -79,6 +93,7 @@ class _Watch:
 
     def graphed(self, module, *inputs):
         self.captured.add(type(module).__name__)
+        assert not in_live_graphs(module)
         module(*inputs)
         with Capturing():
             found = module(*inputs)
