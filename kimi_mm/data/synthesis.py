@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -28,11 +30,14 @@ from kimi_mm.data.text import Sentence
 from kimi_mm.data.voices import TRAINING_WEIGHTS, UNSEEN, VOICES, Speech, VoiceError, make_voice
 from kimi_mm.errors import UserError
 
+log = logging.getLogger(__name__)
 PLAN = "plan.json"
 # Seconds of speech that a word takes, pauses at both ends included; only `hours` in `make_plan` uses it.
 SECONDS_PER_WORD, SECONDS_PER_SENTENCE = 0.33, 0.45
 TARGET_RMS, PEAK = 0.06, 0.95
 MARGIN_SECONDS, MAX_SECONDS = 0.12, 25.0
+PROBE = "One, two."  # said by every voice before a long run
+SKIPPED_SHARE = 0.05  # of a voice's utterances, from which a warning is due
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,10 @@ def synthesise(
     out_dir.mkdir(parents=True, exist_ok=True)
     _claim(out_dir, plan, seed, per_shard, kind)
     for voice in sorted({clip.voice for clip in plan}):
-        make_voice(voice, tools)
+        try:
+            make_voice(voice, tools)(PROBE, np.random.default_rng(seed))
+        except VoiceError as error:  # else every one of its utterances would be left out, hours later
+            raise VoiceError(f"Voice '{voice}' cannot say a word here: {error}") from None
     jobs = [
         (number, plan[number * per_shard : (number + 1) * per_shard])
         for number in range(math.ceil(len(plan) / per_shard))
@@ -164,6 +172,7 @@ def synthesise(
                 done += futures[future]
                 if progress:
                     progress(done, len(plan))
+    _warn_of_skipped(skipped, [clip for _, clips in todo for clip in clips])
     rows = [row for number, _ in jobs for row in read_rows(shard_path(out_dir, number, kind.name), KEYS)]
     hours = sum(row["samples"] for row in rows) / kind.rate / 3600
     meta = {"utterances": len(rows), "hours": round(hours, 4), "seed": seed, "skipped": sorted(skipped)}
@@ -226,6 +235,15 @@ def speech_bounds(wave: np.ndarray, rate: int) -> tuple[int, int]:
         return 0, 0
     margin = round(MARGIN_SECONDS * rate)
     return max(0, int(loud[0]) * size - margin), min(len(wave), (int(loud[-1]) + 1) * size + margin)
+
+
+def _warn_of_skipped(skipped: Sequence[str], clips: Sequence[PlannedClip]) -> None:
+    """Says which voices left out many of their utterances, with one of the reasons."""
+    wanted = Counter(clip.voice for clip in clips)
+    reasons = {line.split()[1].rstrip(":"): line for line in skipped}
+    for voice, lost in Counter(line.split()[1].rstrip(":") for line in skipped).items():
+        if lost > SKIPPED_SHARE * wanted[voice]:
+            log.warning("voice '%s' left out %d of %d utterances (%s)", voice, lost, wanted[voice], reasons[voice])
 
 
 def _full(plan: list, seconds: float, count: int | None, hours: float | None, once: int) -> bool:

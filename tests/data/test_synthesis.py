@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kimi_mm.audio.io import write_wav
 from kimi_mm.data.shards import read_shards, shard_path
-from kimi_mm.data.synthesis import PlannedClip, make_plan, resample, speak, synthesise, trim
+from kimi_mm.data.synthesis import PROBE, PlannedClip, make_plan, resample, speak, synthesise, trim
 from kimi_mm.data.text import Sentence
 from kimi_mm.data.voices import (
     SEEN_WEIGHTS,
@@ -101,6 +102,37 @@ def test_wav_of_a_pipe_has_a_made_up_length() -> None:
     np.testing.assert_allclose(wave, [0.0, 0.5, -1.0])
     with pytest.raises(VoiceError):
         parse_wav(b"")
+
+
+def program_that_says(folder: Path, words: str) -> Path:
+    """A program in flite's place that speaks a text with these words, and ends with an error at any other."""
+    write_wav(folder / "said.wav", 0.3 * tone(200.0, 0.6, 16_000), 16_000)
+    program = folder / "flite"
+    # The last argument is where the wave goes.
+    case = f'*"{words}"*) for out; do :; done; cp {folder}/said.wav "$out";; *) exit 139;;'
+    program.write_text(f'#!/bin/sh\ncase "$*" in {case} esac\n')
+    program.chmod(0o755)
+    return program
+
+
+def test_a_voice_that_cannot_speak_here_is_found_out_before_the_rest_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KIMI_MM_FLITE", str(program_that_says(tmp_path, "nothing of the kind")))
+    plan = [PlannedClip(s.id, s.text, "flite-rms") for s in SENTENCES[:4]]
+    with pytest.raises(VoiceError, match=r"'flite-rms' cannot say a word here.*failed"):
+        synthesise(plan, tmp_path / "out", 1)
+    assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_a_voice_that_leaves_out_much_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KIMI_MM_FLITE", str(program_that_says(tmp_path, PROBE)))
+    plan = [PlannedClip(s.id, text, "flite-slt") for s, text in zip(SENTENCES, [PROBE, "A.", "B."], strict=False)]
+    report = synthesise(plan, tmp_path / "out", 1)
+    assert (report.utterances, len(report.skipped)) == (1, 2)
+    assert "'flite-slt' left out 2 of 3 utterances" in caplog.text
 
 
 def test_missing_programs_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
