@@ -219,13 +219,13 @@ class Beside:
 
     def __init__(self, calls: Sequence[str], data: Path = DATA) -> None:
         self.calls, self.data = calls, data
-        self._running: list[tuple[str, subprocess.Popen]] = []
+        self.running: list[subprocess.Popen] = []
 
     def __enter__(self) -> Beside:
         processes = max(1, (os.cpu_count() or 1) - 2)
         for call in self.calls:
             command = ["nice", *_command(call), "--data", str(self.data), "--processes", str(processes)]
-            self._running.append((call, subprocess.Popen(command, start_new_session=True)))
+            self.running.append(subprocess.Popen(command, start_new_session=True))
         return self
 
     def wait(self, shards: int, seconds: float | None) -> None:
@@ -235,7 +235,8 @@ class Beside:
             UserError: a call failed.
         """
         started = time.monotonic()
-        while waiting := [call for call, process in self._running if self._lacks(call, process, shards)]:
+        both = list(zip(self.calls, self.running, strict=True))
+        while waiting := [call for call, process in both if self._lacks(call, process, shards)]:
             if seconds is not None and time.monotonic() - started > seconds:
                 log.info("prepare %s: not done, the time is up", ", ".join(waiting))
                 return
@@ -249,7 +250,7 @@ class Beside:
         return code is None and not 0 < shards <= found
 
     def __exit__(self, *_: object) -> None:
-        for _call, process in self._running:
+        for process in self.running:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)  # its workers, too

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import time
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ import kimi_mm
 from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.cli.main import run as cli
 from kimi_mm.config import ConfigError
+from kimi_mm.data.debug import write_debug_art
 from kimi_mm.errors import UserError
 from kimi_mm.evaluation.run_report import read_run
 from kimi_mm.generation_speech import SpeechSampling
-from kimi_mm.training.chain import ChainConfig, load_chain, run_chain
+from kimi_mm.training import chain as chain_module
+from kimi_mm.training.chain import Beside, ChainConfig, load_chain, run_chain
 from kimi_mm.training.recipe import load_recipe, recipes_root
 from kimi_mm.training.run import train
 
@@ -99,3 +103,46 @@ def test_what_a_sitting_lacks_is_said(tmp_path, capsys):
         cli(["chain", "nano-v1", "--debug", "--minutes", "0.1", "--work", str(tmp_path)])
     assert stopped.value.code == 75
     assert "give the command again" in capsys.readouterr().err
+
+
+def test_preparation_beside_training_is_waited_for(tmp_path):
+    (tmp_path / "art").mkdir()
+    write_debug_art(tmp_path / "art")
+    with Beside(["programs --count 2"], tmp_path) as beside:
+        beside.wait(0, 120.0)
+        assert (tmp_path / "programs" / "train.jsonl").exists()
+    with Beside(["nonsense"], tmp_path) as beside, pytest.raises(UserError, match="prepare nonsense: failed"):
+        beside.wait(0, 120.0)
+
+
+def test_preparation_beside_training_ends_with_the_sitting(tmp_path, monkeypatch):
+    sleeping = [sys.executable, "-c", "import time; time.sleep(100)"]
+    monkeypatch.setattr(chain_module, "_command", lambda call: sleeping)
+    with Beside(["speech --hours 1"], tmp_path) as beside:
+        beside.wait(0, 0.1)  # the time is up
+        (tmp_path / "speech").mkdir()
+        for number in range(3):
+            (tmp_path / "speech" / f"shard-{number:05d}.jsonl").touch()
+        started = time.monotonic()
+        beside.wait(3, None)  # enough is there
+        assert time.monotonic() - started < 50
+        process = beside.running[0]
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
+def test_what_was_brought_along_is_not_prepared_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "texts.jsonl.gz").touch()
+    called = []
+    monkeypatch.setattr(chain_module, "_prepare", lambda call, seconds: called.append(call))
+    values = one()
+    values["sittings"][0] |= {"prepare": ["text", "art"], "stages": []}
+    run_chain(ChainConfig.from_dict(values), tmp_path / "work", sitting="s")
+    assert called == []  # nothing waits to be trained
+    monkeypatch.setattr("kimi_mm.training.run.train", lambda *args, **kwargs: {})
+    values = one()
+    values["sittings"][0] |= {"prepare": ["text", "art"]}
+    run_chain(ChainConfig.from_dict(values), tmp_path / "work", sitting="s")
+    assert called == ["art"]
