@@ -19,7 +19,7 @@ import soundfile
 from kimi_mm.cli.demo import CLIPS, read_clips
 from kimi_mm.evaluation.wer import word_error_rate
 
-CLIP = min(read_clips(), key=lambda clip: clip["seconds"])
+CLIP = next(clip for clip in read_clips() if clip["file"] == "privacy-unident.flac")
 FILE = (CLIPS / CLIP["file"]).read_bytes()
 
 
@@ -44,7 +44,7 @@ def test_models(nano):
 
 def test_forms(nano):
     plain = hear(nano)
-    assert word_error_rate([CLIP["text"]], [plain.text], draws=0).rate < 0.7
+    assert word_error_rate([CLIP["text"]], [plain.text], draws=0).rate < 0.35
     assert plain.usage.seconds == pytest.approx(CLIP["seconds"], abs=0.1)
     assert hear(nano, response_format="text") == plain.text + "\n"
     verbose = hear(nano, response_format="verbose_json", timestamp_granularities=["segment"])
