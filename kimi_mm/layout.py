@@ -256,20 +256,23 @@ class Layout:
 
     def _seen(self, streams: Streams, item: int, part: dict[str, Any]) -> int:
         """Lays out a picture or a clip whose first item is number `item`; returns the number of the next one."""
-        blank, video = self.ids["text_blank"], part["type"] == "video"
-        chunks = part.get("chunks", []) if video else [(None, part.get("num_tokens", 0))]
+        chunks = part.get("chunks", []) if part["type"] == "video" else [(None, part.get("num_tokens", 0))]
         if not chunks or min(count for _, count in chunks) < 1:
             raise UserError(f"{part['type']} part {item}: its size is not known; pass the messages to `see` first.")
         for seconds, count in chunks:
             if seconds is not None:
                 self._text(streams, timestamp(seconds), learn=False)
-            streams.add(self.ids["media_begin"], blank)
+            self._mark(streams, "media_begin")
             self._text(streams, part["type"], learn=False)
-            streams.add(self.ids["media_content"], blank)
-            streams.fill(self.ids["media_pad"], blank, count, item=item)
-            streams.add(self.ids["media_end"], blank)
+            self._mark(streams, "media_content")
+            self._mark(streams, "media_pad", count, item=item)
+            self._mark(streams, "media_end")
             item += 1
         return item
+
+    def _mark(self, streams: Streams, name: str, count: int = 1, *, item: int = -1) -> None:
+        """Appends a special id `count` times."""
+        streams.fill(self.ids[name], self.ids["text_blank"], count, item=item)
 
 
 def timestamp(seconds: float) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import UserError
-from kimi_mm.processing import Processor, Streams, timestamp
+from kimi_mm.processing import Processor, Streams
 from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.vision.processing import VisionProcessor
 
@@ -122,7 +122,7 @@ class K2Processor(Processor):
                 if kind == "text":
                     self._text(streams, part["text"], learn=role == "assistant")
                 elif kind in ("image", "video") and self.vision is not None:
-                    items = self._shown(streams, items, part)
+                    items = self._seen(streams, items, part)
                 else:
                     raise UserError(f"{where}: this model cannot read a part of type {kind!r}.")
             self._add(streams, self.ids["msg_end"], learn=role == "assistant")
@@ -135,33 +135,23 @@ class K2Processor(Processor):
         self._text(streams, role, learn=False)
         self._add(streams, self.vocab.special("message_middle"))
 
-    def _add(self, streams: Streams, token: int, *, learn: bool = False, item: int = -1) -> None:
+    def _add(self, streams: Streams, token: int, *, learn: bool = False) -> None:
         if learn:
             streams.text_labels[-1] = token
-        streams.add(token, token, item=item)
+        streams.add(token, token)
 
     def _text(self, streams: Streams, text: str, *, learn: bool) -> None:
         for token in self.tokenizer.encode(text):
             self._add(streams, token, learn=learn)
 
-    def _shown(self, streams: Streams, item: int, part: dict[str, Any]) -> int:
-        video = part["type"] == "video"
-        chunks = part.get("chunks", []) if video else [(None, part.get("num_tokens", 0))]
-        if not chunks or min(count for _, count in chunks) < 1:
-            raise UserError(f"{part['type']} part {item}: its size is not known; pass the messages to `see` first.")
-        for seconds, count in chunks:
-            if seconds is not None:
-                self._text(streams, timestamp(seconds), learn=False)
-            self._add(streams, self.ids["media_begin"])
-            self._text(streams, part["type"], learn=False)
-            self._add(streams, self.ids["media_content"])
-            for _ in range(count):
-                self._add(streams, self.ids["media_pad"], item=item)
-            self._add(streams, self.ids["media_end"])
-            item += 1
-        if not video:
+    def _seen(self, streams: Streams, item: int, part: dict[str, Any]) -> int:
+        item = super()._seen(streams, item, part)
+        if part["type"] == "image":
             self._text(streams, "\n", learn=False)
         return item
+
+    def _mark(self, streams: Streams, name: str, count: int = 1, *, item: int = -1) -> None:
+        streams.fill(self.ids[name], self.ids[name], count, item=item)
 
 
 def _turns(

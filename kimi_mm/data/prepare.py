@@ -236,12 +236,12 @@ def unlabelled_shards(recording: str | Path, out: str | Path) -> tuple[int, floa
     Returns:
         The number of pieces, each at most 20 s, cut at silences, and the minutes of all.
     """
-    wave, _ = read_audio(recording)
+    wave, seconds = read_audio(recording)
     clips = [
         Clip(f"piece-{number:05d}", "", "human-unlabelled", np.round(wave[start:end] * 32767).astype(np.int16))
         for number, (start, end) in enumerate(split_at_silence(wave))
     ]
-    return write_shards(out, clips, meta={"source": Path(recording).name}), len(wave) / 16_000 / 60
+    return write_shards(out, clips, meta={"source": Path(recording).name}), seconds / 60
 
 
 def _held_out(sentences: Sequence[Sentence]) -> list[Sentence]:

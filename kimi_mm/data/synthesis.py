@@ -240,8 +240,9 @@ def speech_bounds(wave: np.ndarray, rate: int) -> tuple[int, int]:
 def _warn_of_skipped(skipped: Sequence[str], clips: Sequence[PlannedClip]) -> None:
     """Says which voices left out many of their utterances, with one of the reasons."""
     wanted = Counter(clip.voice for clip in clips)
-    reasons = {line.split()[1].rstrip(":"): line for line in skipped}
-    for voice, lost in Counter(line.split()[1].rstrip(":") for line in skipped).items():
+    voices = [line.split()[1].rstrip(":") for line in skipped]
+    reasons = dict(zip(voices, skipped, strict=True))
+    for voice, lost in Counter(voices).items():
         if lost > SKIPPED_SHARE * wanted[voice]:
             log.warning("voice '%s' left out %d of %d utterances (%s)", voice, lost, wanted[voice], reasons[voice])
 

@@ -224,7 +224,7 @@ class Beside:
     def __enter__(self) -> Beside:
         processes = max(1, (os.cpu_count() or 1) - 2)
         for call in self.calls:
-            command = ["nice", *_command(call), "--data", str(self.data), "--processes", str(processes)]
+            command = ["nice", *_command(call, self.data), "--processes", str(processes)]
             self.running.append(subprocess.Popen(command, start_new_session=True))
         return self
 
@@ -263,14 +263,13 @@ def _is_there(call: str) -> bool:
     return product is not None and (DATA / product).exists()
 
 
-def _command(call: str) -> list[str]:
-    return [sys.executable, "-m", "kimi_mm", "prepare", *call.split()]
+def _command(call: str, data: Path = DATA) -> list[str]:
+    return [sys.executable, "-m", "kimi_mm", "prepare", *call.split(), "--data", str(data)]
 
 
 def _prepare(call: str, seconds: float | None) -> None:
-    command = [*_command(call), "--data", str(DATA)]
     try:
-        code = subprocess.run(command, timeout=seconds).returncode
+        code = subprocess.run(_command(call), timeout=seconds).returncode
     except subprocess.TimeoutExpired:
         raise UserError(f"prepare {call}: the time is up; give the command again, it goes on.") from None
     if code:

@@ -117,7 +117,7 @@ def test_preparation_beside_training_is_waited_for(tmp_path):
 
 def test_preparation_beside_training_ends_with_the_sitting(tmp_path, monkeypatch):
     sleeping = [sys.executable, "-c", "import time; time.sleep(100)"]
-    monkeypatch.setattr(chain_module, "_command", lambda call: sleeping)
+    monkeypatch.setattr(chain_module, "_command", lambda call, data: sleeping)
     with Beside(["speech --hours 1"], tmp_path) as beside:
         beside.wait(0, 0.1)  # the time is up
         (tmp_path / "speech").mkdir()
