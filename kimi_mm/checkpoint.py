@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -108,6 +108,31 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     model = Model(config)
     load_tensors(model, path)
     return model.to(device).eval(), tokenizer
+
+
+def join_checkpoints(path: str | Path, base: Path, parts: Mapping[str, Path], *, weights: str = "fp16") -> int:
+    """Writes a checkpoint with parts of other ones, which were trained from the same start; returns its size in bytes.
+
+    Args:
+        path: folder to write, see `save_checkpoint`.
+        base: checkpoint that all else is taken from.
+        parts: name of the part ("vision", "detokenizer", "audio") -> checkpoint that it is taken from.
+        weights: format of what is written.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or has no such part.
+    """
+    config = ModelConfig.from_yaml(base / "config.yaml")
+    for name, source in parts.items():
+        part = getattr(ModelConfig.from_yaml(source / "config.yaml"), name, None)
+        if part is None:
+            raise CheckpointError(f"{source}: has no part '{name}' that could be taken.")
+        config = config.replace(**{name: part})
+    model = Model(config)
+    load_tensors(model, base, optional=tuple(f"{name}." for name in parts))
+    for name, source in parts.items():
+        load_tensors(getattr(model, name), source, prefix=f"{name}.")
+    return save_checkpoint(path, model, TextTokenizer.load(base / "tokenizer.json"), weights=weights)
 
 
 def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "", optional: tuple[str, ...] = ()) -> None:

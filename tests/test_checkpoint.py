@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kimi_mm.checkpoint import INDEX, load_checkpoint, quantize_rows, save_checkpoint
+from kimi_mm.checkpoint import INDEX, join_checkpoints, load_checkpoint, quantize_rows, save_checkpoint
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
@@ -54,6 +54,25 @@ def test_quantised_rows_are_within_half_a_step():
         assert values.dtype == torch.int8
         # fp16 scales move the grid by up to 2^-11 of 127 steps.
         assert ((values.float() * step - tensor).abs() <= 0.57 * step).all()
+
+
+def test_parts_trained_apart_are_joined(tokenizer, tmp_path):
+    models = {}
+    for name in ("debug", "debug-vision", "debug-all"):
+        models[name] = Model(ModelConfig.from_yaml(recipes_root() / "models" / f"{name}.yaml"))
+        save_checkpoint(tmp_path / name, models[name], tokenizer, weights="fp32")
+    parts = {"vision": tmp_path / "debug-vision", "detokenizer": tmp_path / "debug-all"}
+    join_checkpoints(tmp_path / "joined", tmp_path / "debug", parts, weights="fp32")
+    joined, words = load_checkpoint(tmp_path / "joined")
+    assert words.encode("two") == tokenizer.encode("two")
+    sources = {"vision": "debug-vision", "detokenizer": "debug-all", "backbone": "debug", "audio": "debug"}
+    for part, source in sources.items():
+        want = getattr(models[source], part).state_dict()
+        for name, tensor in getattr(joined, part).state_dict().items():
+            assert name.endswith(("ema_count", "ema_sum")) or torch.equal(tensor, want[name]), f"{part}.{name}"
+    with pytest.raises(CheckpointError, match="has no part 'vision'"):
+        join_checkpoints(tmp_path / "none", tmp_path / "debug", {"vision": tmp_path / "debug"})
+    assert not (tmp_path / "none").exists()
 
 
 def test_damage_is_named(model, tokenizer, tmp_path):

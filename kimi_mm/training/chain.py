@@ -5,6 +5,9 @@
 A sitting is what one machine does from start to end: everything that a later sitting needs of it are the models of its
 stages. Within a sitting the command may be given as often as one likes: a stage that was stopped goes on, by its own
 clock (`train_seconds`), and one that is done is passed over.
+
+On a machine with several GPUs each one takes the first stage that can start: whose data is there, and the models that
+it is made from. A stage may take parts from several, for instance eyes that were trained while its ears were.
 """
 
 from __future__ import annotations
@@ -17,13 +20,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 
+from kimi_mm.checkpoint import INDEX, join_checkpoints
 from kimi_mm.config_base import Config, ConfigError
+from kimi_mm.data.manifest import write_aside
 from kimi_mm.errors import UserError
 from kimi_mm.training.recipe import recipes_root
 
@@ -47,21 +54,36 @@ class StageConfig(Config):
 
     Args:
         name: its folder in WORK.
-        recipe: that is run.
+        recipe: that is run ("": none; the model is what `start` and `parts` are joined to).
         seconds: of training; the schedule follows them.
-        shards: of what is prepared beside that must be there before it starts (0: all of them).
+        needs: of what is prepared beside, how many shards must be there before it starts (0: all): {speech: 100}.
         start: stage whose model it starts from ("": what the recipe says).
+        parts: what it takes from other stages: {vision: eyes}.
+        weights: format of its model, see `save_checkpoint` ("": what the recipe says).
         overrides: of the recipe.
         debug: overrides at debug size, in place of these.
     """
 
     name: str
-    recipe: str
-    seconds: float
-    shards: int = 0
+    recipe: str = ""
+    seconds: float = 0.0
+    needs: dict[str, int] = field(default_factory=dict)
     start: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
     overrides: tuple[str, ...] = ()
     debug: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.parts and not self.start:
+            raise ConfigError(f"stage '{self.name}' takes parts, so it needs a start that they go into.")
+        if not self.recipe and not self.parts:
+            raise ConfigError(f"stage '{self.name}' has neither a recipe nor parts to join.")
+
+    @property
+    def made_from(self) -> list[str]:
+        """Stages that must be done before it."""
+        return [stage for stage in (self.start, *self.parts.values()) if stage]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +93,31 @@ class SittingConfig(Config):
     Args:
         name: of the sitting.
         minutes: that it takes.
+        gpus: most that are used.
         prepare: calls of `kimi-mm prepare`, for instance "human", done first; what is there already is not made again.
-        beside: calls that go on while stages train, on all cores but two, for instance "speech --hours 100".
+        beside: calls that go on while stages train, one after the other, on all cores but two, for instance
+            "speech --hours 100".
         stages: in order.
     """
 
     name: str
     minutes: float
+    gpus: int = 1
     prepare: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     stages: tuple[StageConfig, ...] = ()
 
     def __post_init__(self) -> None:
         seconds = sum(stage.seconds for stage in self.stages)
-        if seconds > 60 * self.minutes:
+        if seconds > 60 * self.minutes * self.gpus:
             raise ConfigError(
                 f"sitting '{self.name}': its stages take {seconds:g} s, more than {self.minutes:g} minutes."
             )
+        calls = [call.split()[0] for call in self.beside]
+        for stage in self.stages:
+            for need in stage.needs:
+                if need not in calls:
+                    raise ConfigError(f"stage '{stage.name}' needs '{need}', which is not prepared beside.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +131,9 @@ class ChainConfig(Config):
         for stage in (stage for sitting in self.sittings for stage in sitting.stages):
             if stage.name in known:
                 raise ConfigError(f"stage '{stage.name}' is there twice.")
-            if stage.start and stage.start not in known:
-                raise ConfigError(f"stage '{stage.name}' starts from '{stage.start}', which is no stage before it.")
+            for source in stage.made_from:
+                if source not in known:
+                    raise ConfigError(f"stage '{stage.name}' starts from '{source}', which is no stage before it.")
             known.append(stage.name)
 
 
@@ -147,43 +178,139 @@ def run_chain(
     Raises:
         UserError: there is no such sitting, a model that it starts from is missing, or data cannot be prepared.
     """
-    from kimi_mm.training.run import train
-
     started = time.monotonic()
     chosen = _choose(chain, work, sitting)
     if chosen is None:
         say("every sitting is done.")
         return True
-    for stage in chosen.stages:
-        if stage.start and not _done(work, stage.start) and stage.start not in {s.name for s in chosen.stages}:
-            raise UserError(
-                f"{work / stage.start}: sitting '{chosen.name}' starts from this stage; bring its folder here."
-            )
+    own = {stage.name for stage in chosen.stages}
+    for source in (source for stage in chosen.stages for source in stage.made_from):
+        if source not in own and not _done(work, source):
+            raise UserError(f"{work / source}: sitting '{chosen.name}' starts from this stage; bring its folder here.")
     waiting = [stage for stage in chosen.stages if not _done(work, stage.name)]
     if waiting and not debug:
         for call in chosen.prepare:
             if not _is_there(call):
                 say(f"prepare {call}")
                 _prepare(call, _left(minutes, started))
+    gpus = 1 if debug else min(chosen.gpus, max(1, torch.cuda.device_count()))
     with Beside(chosen.beside if waiting and not debug else ()) as beside:
-        for stage in waiting:
-            beside.wait(stage.shards, _left(minutes, started))
-            left = _left(minutes, started)
-            if left is not None and left < LEAST_SECONDS:
-                say(f"{stage.name}: not begun, the time is up; give the command again.")
-                return False
-            overrides = list(stage.debug if debug else stage.overrides)
-            overrides += [f"init={json.dumps(str(work / stage.start / 'model'))}"] if stage.start else []
-            overrides += [] if debug else [f"train_seconds={stage.seconds}"]
-            overrides += [] if left is None else [f"time_limit_seconds={left}"]
-            say(f"train {stage.recipe} {' '.join(overrides)}")
-            train(stage.recipe, debug=debug, output=work / stage.name, overrides=overrides)
-            if not _done(work, stage.name):
-                say(f"{stage.name}: stopped before its end; give the command again.")
-                return False
+        left = partial(_left, minutes, started)
+        if gpus > 1:
+            finished = _train_at_once(waiting, work, beside, left, gpus=gpus, say=say)
+        else:
+            finished = _train_one_by_one(waiting, work, beside, left, debug=debug, say=say)
+    if not finished:
+        return False
     later = ", ".join(_needed_later(chain, chosen, work)) or "nothing"
     say(f"sitting '{chosen.name}' is done; later ones need: {later}.")
     return True
+
+
+def _train_one_by_one(
+    stages: Sequence[StageConfig],
+    work: Path,
+    beside: Beside,
+    left: Callable[[], float | None],
+    *,
+    debug: bool,
+    say: Callable[[str], None],
+) -> bool:
+    """Trains stages in this process; returns whether all are done."""
+    from kimi_mm.training.run import train
+
+    for stage in stages:
+        beside.wait(stage.needs, left())
+        if _is_up(left()):
+            say(f"{stage.name}: not begun, the time is up; give the command again.")
+            return False
+        overrides = _start(stage, work, left(), debug=debug)
+        if stage.recipe:
+            say(f"train {stage.recipe} {' '.join(overrides)}")
+            train(stage.recipe, debug=debug, output=work / stage.name, overrides=overrides)
+        if not _done(work, stage.name):
+            say(f"{stage.name}: stopped before its end; give the command again.")
+            return False
+    return True
+
+
+def _train_at_once(
+    stages: Sequence[StageConfig],
+    work: Path,
+    beside: Beside,
+    left: Callable[[], float | None],
+    *,
+    gpus: int,
+    say: Callable[[str], None],
+) -> bool:
+    """Trains stages in processes of their own, one on each GPU, which write to WORK/<stage>.log.
+
+    A stage that fails does not stop those that do not need it. Returns whether all are done.
+    """
+    waiting = list(stages)
+    running: dict[int, tuple[StageConfig, subprocess.Popen]] = {}
+    failed: list[str] = []
+    try:
+        while waiting or running:
+            for gpu, (stage, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[gpu]
+                    failed += [stage.name] if process.returncode else []
+                    say(f"{stage.name}: {'done' if _done(work, stage.name) else 'stopped before its end'}")
+            if _is_up(left()):
+                waiting = []
+            lost = {stage.name for stage in stages if not _done(work, stage.name)} - {s.name for s in waiting}
+            lost -= {stage.name for stage, _ in running.values()}
+            waiting = [stage for stage in waiting if not lost & set(stage.made_from)]
+            ready = [s for s in waiting if all(_done(work, name) for name in s.made_from) and beside.has(s.needs)]
+            idle = [gpu for gpu in range(gpus) if gpu not in running]
+            for gpu, stage in zip(idle, ready, strict=False):
+                waiting.remove(stage)
+                overrides = _start(stage, work, left())
+                if stage.recipe:
+                    say(f"train {stage.recipe} {' '.join(overrides)} on GPU {gpu}")
+                    running[gpu] = stage, _train_on(gpu, gpus, stage, work, overrides)
+            time.sleep(0.2)
+    finally:
+        for _, process in running.values():
+            process.terminate()  # it saves
+        for _, process in running.values():
+            process.wait()
+    if failed:
+        logs = ", ".join(f"{work / name}.log" for name in failed)
+        raise UserError(f"{', '.join(failed)}: failed; what was said stands in {logs}.")
+    missing = ", ".join(stage.name for stage in stages if not _done(work, stage.name))
+    if missing:
+        say(f"{missing}: not done, the time is up; give the command again.")
+    return not missing
+
+
+def _train_on(gpu: int, gpus: int, stage: StageConfig, work: Path, overrides: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "kimi_mm", "train", stage.recipe, "--output", str(work / stage.name), *overrides]
+    threads = str(max(1, (os.cpu_count() or 1) // (2 * gpus)))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    with (work / f"{stage.name}.log").open("ab") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+
+def _start(stage: StageConfig, work: Path, left: float | None, *, debug: bool = False) -> list[str]:
+    """Joins what a stage starts from where it takes parts, and returns the overrides of its recipe."""
+    overrides = list(stage.debug if debug else stage.overrides)
+    start = work / stage.start / "model"
+    if stage.parts:
+        parts = {name: work / source / "model" for name, source in stage.parts.items()}
+        if not stage.recipe:
+            join_checkpoints(work / stage.name / "model", start, parts, weights=stage.weights or "fp16")
+            write_aside(work / stage.name / "summary.json", b'{"finished": true}\n')
+            return []
+        joined = work / stage.name / "start"
+        if not (joined / INDEX).is_file():
+            join_checkpoints(joined, start, parts, weights="fp32")
+        start = joined
+    overrides += [f"init={json.dumps(str(start))}"] if stage.start else []
+    overrides += [f"weights={stage.weights}"] if stage.weights else []
+    overrides += [] if debug else [f"train_seconds={stage.seconds}"]
+    return overrides + ([] if left is None else [f"time_limit_seconds={left}"])
 
 
 def _choose(chain: ChainConfig, work: Path, name: str) -> SittingConfig | None:
@@ -209,52 +336,66 @@ def _left(minutes: float, started: float) -> float | None:
     return 60 * minutes - (time.monotonic() - started) if minutes else None
 
 
+def _is_up(left: float | None) -> bool:
+    return left is not None and left < LEAST_SECONDS
+
+
 class Beside:
     """Preparation that goes on in processes of its own; at the end of the `with` block what still runs is stopped.
 
     Args:
-        calls: of `kimi-mm prepare`; all start at once, and each can be given again.
+        calls: of `kimi-mm prepare`, done one after the other; each can be given again.
         data: folder that they write to.
     """
 
     def __init__(self, calls: Sequence[str], data: Path = DATA) -> None:
-        self.calls, self.data = calls, data
-        self.running: list[subprocess.Popen] = []
+        self.data = data
+        self._calls = list(calls)  # that have not ended; the first runs
+        self._running: subprocess.Popen | None = None
 
     def __enter__(self) -> Beside:
-        processes = max(1, (os.cpu_count() or 1) - 2)
-        for call in self.calls:
-            command = ["nice", *_command(call, self.data), "--processes", str(processes)]
-            self.running.append(subprocess.Popen(command, start_new_session=True))
+        self._go_on()
         return self
 
-    def wait(self, shards: int, seconds: float | None) -> None:
-        """Returns once so many shards of each call are there, or all of them (0), or the time is up.
+    def has(self, needs: Mapping[str, int]) -> bool:
+        """Whether so many shards of each kind are there (0: all of them). UserError: a call failed."""
+        self._go_on()
+        return not any(call.split()[0] in needs and self._lacks(call, needs[call.split()[0]]) for call in self._calls)
 
-        Raises:
-            UserError: a call failed.
-        """
+    def wait(self, needs: Mapping[str, int], seconds: float | None) -> None:
+        """Returns once so many shards of each kind are there, or the time is up. UserError: a call failed."""
         started = time.monotonic()
-        both = list(zip(self.calls, self.running, strict=True))
-        while waiting := [call for call, process in both if self._lacks(call, process, shards)]:
+        while not self.has(needs):
             if seconds is not None and time.monotonic() - started > seconds:
-                log.info("prepare %s: not done, the time is up", ", ".join(waiting))
+                log.info("prepare %s: not done, the time is up", ", ".join(self._calls))
                 return
             time.sleep(0.2)
 
-    def _lacks(self, call: str, process: subprocess.Popen, shards: int) -> bool:
-        code = process.poll()
-        if code:
-            raise UserError(f"prepare {call}: failed; what it said stands above.")
+    def _go_on(self) -> None:
+        """Starts the next call when one has ended."""
+        if self._running is not None:
+            code = self._running.poll()
+            if code is None:
+                return
+            call = self._calls.pop(0)
+            self._running = None
+            if code:
+                self._calls = []
+                raise UserError(f"prepare {call}: failed; what it said stands above.")
+        if self._calls:
+            processes = max(1, (os.cpu_count() or 1) - 2)
+            command = ["nice", *_command(self._calls[0], self.data), "--processes", str(processes)]
+            self._running = subprocess.Popen(command, start_new_session=True)
+
+    def _lacks(self, call: str, shards: int) -> bool:
         found = len(list((self.data / call.split()[0]).glob("*-[0-9]*.jsonl"))) if shards else 0
-        return code is None and not 0 < shards <= found
+        return not 0 < shards <= found
 
     def __exit__(self, *_: object) -> None:
-        for process in self.running:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)  # its workers, too
-                process.wait()
+        if self._running is not None and self._running.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._running.pid, signal.SIGTERM)  # its workers, too
+            self._running.wait()
 
 
 def _is_there(call: str) -> bool:
@@ -280,5 +421,5 @@ def _needed_later(chain: ChainConfig, sitting: SittingConfig, work: Path) -> lis
     """Folders that sittings after this one start from: model and summary of each are enough."""
     at = chain.sittings.index(sitting)
     made = {stage.name for before in chain.sittings[: at + 1] for stage in before.stages}
-    wanted = dict.fromkeys(stage.start for later in chain.sittings[at + 1 :] for stage in later.stages)
+    wanted = dict.fromkeys(name for later in chain.sittings[at + 1 :] for s in later.stages for name in s.made_from)
     return [str(work / name) for name in wanted if name in made]

@@ -7,13 +7,14 @@ import time
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import kimi_mm
 from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.cli.main import run as cli
 from kimi_mm.config import ConfigError
-from kimi_mm.data.debug import write_debug_art
+from kimi_mm.data.debug import write_debug_art, write_debug_data
 from kimi_mm.errors import UserError
 from kimi_mm.evaluation.run_report import read_run
 from kimi_mm.generation_speech import SpeechSampling
@@ -31,9 +32,10 @@ def test_nano_v1_from_a_clean_folder(tmp_path):
     stages = [stage.name for sitting in chain.sittings for stage in sitting.stages]
     for number, sitting in enumerate(chain.sittings):
         here, before = tmp_path / str(number), tmp_path / str(number - 1)
-        for stage in {stage.start for stage in sitting.stages} - {""} - {stage.name for stage in sitting.stages}:
-            shutil.copytree(before / stage / "model", here / stage / "model")
-            shutil.copy(before / stage / "summary.json", here / stage / "summary.json")
+        own = {stage.name for stage in sitting.stages}
+        for source in {source for stage in sitting.stages for source in stage.made_from} - own:
+            shutil.copytree(before / source / "model", here / source / "model")
+            shutil.copy(before / source / "summary.json", here / source / "summary.json")
         assert run_chain(chain, here, sitting=sitting.name, debug=True)
     last = tmp_path / str(len(chain.sittings) - 1) / stages[-1] / "model"
     first, _ = load_checkpoint(tmp_path / "0" / stages[0] / "model")
@@ -69,8 +71,9 @@ def test_a_run_ends_by_its_clock_over_several_starts(tmp_path):
 def test_recipes_and_keys_of_a_chain_are_known(name):
     for sitting in load_chain(name).sittings:
         for stage in sitting.stages:
-            recipe, _ = load_recipe(stage.recipe, overrides=[*stage.overrides, "init="])
-            assert recipe.steps > 1000
+            if stage.recipe:
+                recipe, _ = load_recipe(stage.recipe, overrides=[*stage.overrides, "init="])
+                assert recipe.steps > 1000
 
 
 def one(**changes) -> dict:
@@ -84,6 +87,9 @@ def one(**changes) -> dict:
         (one(seconds=121), "more than 2 minutes"),
         (one(start="b"), "no stage before it"),
         (one(recepi="x"), "recepi"),
+        (one(parts={"vision": "b"}), "needs a start"),
+        (one(recipe=""), "neither a recipe nor parts"),
+        (one(needs={"speech": 3}), "needs 'speech', which is not prepared"),
         ({"sittings": one()["sittings"] * 2}, "'a' is there twice"),
     ],
 )
@@ -94,7 +100,7 @@ def test_bad_chains_are_refused(values, message):
 
 def test_what_a_sitting_lacks_is_said(tmp_path, capsys):
     with pytest.raises(UserError, match="bring its folder here"):
-        run_chain(load_chain("nano-v1"), tmp_path, sitting="eyes", debug=True)
+        run_chain(load_chain("nano-v1"), tmp_path, sitting="all", debug=True)
     with pytest.raises(UserError, match="no sitting 'nose'; there are ears"):
         run_chain(load_chain("nano-v1"), tmp_path, sitting="nose", debug=True)
     with pytest.raises(ConfigError, match="Known: nano-v1"):
@@ -108,27 +114,60 @@ def test_what_a_sitting_lacks_is_said(tmp_path, capsys):
 def test_preparation_beside_training_is_waited_for(tmp_path):
     (tmp_path / "art").mkdir()
     write_debug_art(tmp_path / "art")
-    with Beside(["programs --count 2"], tmp_path) as beside:
-        beside.wait(0, 120.0)
+    with Beside(["programs --count 2", "nonsense"], tmp_path) as beside:
+        assert beside.has({"speech": 0})  # which nobody prepares: it is there, or the stage will say so
+        assert not beside.has({"programs": 0})
+        beside.wait({"programs": 0}, 120.0)
         assert (tmp_path / "programs" / "train.jsonl").exists()
-    with Beside(["nonsense"], tmp_path) as beside, pytest.raises(UserError, match="prepare nonsense: failed"):
-        beside.wait(0, 120.0)
+        with pytest.raises(UserError, match="prepare nonsense: failed"):
+            beside.wait({"nonsense": 0}, 120.0)
 
 
 def test_preparation_beside_training_ends_with_the_sitting(tmp_path, monkeypatch):
     sleeping = [sys.executable, "-c", "import time; time.sleep(100)"]
     monkeypatch.setattr(chain_module, "_command", lambda call, data: sleeping)
     with Beside(["speech --hours 1"], tmp_path) as beside:
-        beside.wait(0, 0.1)  # the time is up
+        beside.wait({"speech": 0}, 0.1)  # the time is up
         (tmp_path / "speech").mkdir()
         for number in range(3):
             (tmp_path / "speech" / f"shard-{number:05d}.jsonl").touch()
         started = time.monotonic()
-        beside.wait(3, None)  # enough is there
+        beside.wait({"speech": 3}, None)  # enough is there
         assert time.monotonic() - started < 50
-        process = beside.running[0]
+        process = beside._running
+        assert process is not None
         assert process.poll() is None
     assert process.poll() is not None
+
+
+def test_two_gpus_take_what_can_start(tmp_path, monkeypatch):
+    """Real processes, which find no GPU and train on the CPU: two stages at once, one after them, one that fails."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, texts = write_debug_data(tmp_path / "data")
+    overrides = ["steps=1000", *small("text/nano"), f"text.path={texts}"]
+    stages = [{"name": name, "recipe": "text/nano", "seconds": 1.0, "overrides": overrides} for name in "ab"]
+    stages.append({**stages[0], "name": "c", "start": "b"})
+    sitting = {"name": "s", "minutes": 2, "gpus": 2, "stages": stages}
+    said = []
+    assert run_chain(ChainConfig.from_dict({"sittings": [sitting]}), tmp_path, say=said.append)
+    assert [line.split()[-1] for line in said[:2]] == ["0", "1"]  # both are begun before one is done
+    assert {"a: done", "b: done", "c: done"} < set(said)
+    assert sum("b/model" in line for line in said) == 1
+    assert "GPU" not in (tmp_path / "a.log").read_text()
+
+    stages[1] = {**stages[1], "name": "d", "overrides": [*overrides, "tokenizer=missing.json"]}
+    stages[2] = {**stages[2], "name": "e", "start": "d"}
+    with pytest.raises(UserError, match=r"^d: failed; what was said stands in .*d.log"):
+        run_chain(ChainConfig.from_dict({"sittings": [sitting]}), tmp_path, say=said.append)
+    assert not (tmp_path / "e.log").exists()
+    assert "missing.json" in (tmp_path / "d.log").read_text()
+
+
+def small(recipe: str) -> list[str]:
+    """The debug size of a recipe as overrides."""
+    values = yaml.safe_load((recipes_root() / f"{recipe}.yaml").read_text())["debug"]
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "steps"]
 
 
 def test_what_was_brought_along_is_not_prepared_again(tmp_path, monkeypatch):
