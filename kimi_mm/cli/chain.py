@@ -19,11 +19,14 @@ def chain(
         "runs/chain"
     ),
     minutes: Annotated[float, typer.Option(min=0.0, help="Save and stop after these; 0: no limit.")] = 0.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="The minutes are all there is: stages are made shorter to end within them.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Small sizes and made-up data: a minute on a CPU.")] = False,
 ) -> None:
     """Train a model in sittings of one machine; the same command goes on where it stopped."""
     from kimi_mm.training.chain import load_chain, run_chain
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if not run_chain(load_chain(name), work, sitting=sitting, minutes=minutes, debug=debug, say=complain):
+    if not run_chain(load_chain(name), work, sitting=sitting, minutes=minutes, once=once, debug=debug, say=complain):
         raise typer.Exit(75)  # EX_TEMPFAIL: to be given again

@@ -37,6 +37,7 @@ from kimi_mm.training.recipe import recipes_root
 log = logging.getLogger(__name__)
 
 LEAST_SECONDS = 20.0  # a stage is not begun with less
+AROUND_SECONDS = 60.0  # what a stage takes besides its training, at most: reading data, capturing graphs, writing
 DATA = Path("data")  # where recipes look for it
 # What calls without a resumable plan leave below DATA when they are done; a machine without network gets it that way.
 PRODUCTS = {
@@ -159,6 +160,7 @@ def run_chain(
     *,
     sitting: str = "",
     minutes: float = 0.0,
+    once: bool = False,
     debug: bool = False,
     say: Callable[[str], None] = log.info,
 ) -> bool:
@@ -169,6 +171,7 @@ def run_chain(
         work: folder of the stages' runs.
         sitting: its name; "": the first that is not done.
         minutes: after which to stop and save (0: no limit).
+        once: whether these minutes are all there is: a stage for which they do not suffice is made shorter.
         debug: stages at debug size, on made-up data; nothing is prepared.
         say: called with what is going on.
 
@@ -195,11 +198,11 @@ def run_chain(
                 _prepare(call, _left(minutes, started))
     gpus = 1 if debug else min(chosen.gpus, max(1, torch.cuda.device_count()))
     with Beside(chosen.beside if waiting and not debug else ()) as beside:
-        left = partial(_left, minutes, started)
+        clock = Clock(partial(_left, minutes, started), once)
         if gpus > 1:
-            finished = _train_at_once(waiting, work, beside, left, gpus=gpus, say=say)
+            finished = _train_at_once(waiting, work, beside, clock, gpus=gpus, say=say)
         else:
-            finished = _train_one_by_one(waiting, work, beside, left, debug=debug, say=say)
+            finished = _train_one_by_one(waiting, work, beside, clock, debug=debug, say=say)
     if not finished:
         return False
     later = ", ".join(_needed_later(chain, chosen, work)) or "nothing"
@@ -207,11 +210,37 @@ def run_chain(
     return True
 
 
+@dataclass(frozen=True)
+class Clock:
+    """What is left of the time that a sitting was given.
+
+    Args:
+        left: seconds, None without a limit.
+        once: whether there will be no more afterwards.
+    """
+
+    left: Callable[[], float | None]
+    once: bool
+
+    def is_up(self) -> bool:
+        left = self.left()
+        return left is not None and left < LEAST_SECONDS
+
+    def overrides(self, seconds: float) -> list[str]:
+        """Of a recipe that trains for so many seconds."""
+        left = self.left()
+        if left is None:
+            return [f"train_seconds={seconds}"]
+        if self.once:
+            seconds = min(seconds, max(LEAST_SECONDS, left - AROUND_SECONDS))
+        return [f"train_seconds={seconds}", f"time_limit_seconds={left}"]
+
+
 def _train_one_by_one(
     stages: Sequence[StageConfig],
     work: Path,
     beside: Beside,
-    left: Callable[[], float | None],
+    clock: Clock,
     *,
     debug: bool,
     say: Callable[[str], None],
@@ -220,11 +249,11 @@ def _train_one_by_one(
     from kimi_mm.training.run import train
 
     for stage in stages:
-        beside.wait(stage.needs, left())
-        if _is_up(left()):
+        beside.wait(stage.needs, clock.left())
+        if clock.is_up():
             say(f"{stage.name}: not begun, the time is up; give the command again.")
             return False
-        overrides = _start(stage, work, left(), debug=debug)
+        overrides = _start(stage, work, clock, debug=debug)
         if stage.recipe:
             say(f"train {stage.recipe} {' '.join(overrides)}")
             train(stage.recipe, debug=debug, output=work / stage.name, overrides=overrides)
@@ -238,7 +267,7 @@ def _train_at_once(
     stages: Sequence[StageConfig],
     work: Path,
     beside: Beside,
-    left: Callable[[], float | None],
+    clock: Clock,
     *,
     gpus: int,
     say: Callable[[str], None],
@@ -257,7 +286,7 @@ def _train_at_once(
                     del running[gpu]
                     failed += [stage.name] if process.returncode else []
                     say(f"{stage.name}: {'done' if _done(work, stage.name) else 'stopped before its end'}")
-            if _is_up(left()):
+            if clock.is_up():
                 waiting = []
             lost = {stage.name for stage in stages if not _done(work, stage.name)} - {s.name for s in waiting}
             lost -= {stage.name for stage, _ in running.values()}
@@ -266,7 +295,7 @@ def _train_at_once(
             idle = [gpu for gpu in range(gpus) if gpu not in running]
             for gpu, stage in zip(idle, ready, strict=False):
                 waiting.remove(stage)
-                overrides = _start(stage, work, left())
+                overrides = _start(stage, work, clock)
                 if stage.recipe:
                     say(f"train {stage.recipe} {' '.join(overrides)} on GPU {gpu}")
                     running[gpu] = stage, _train_on(gpu, gpus, stage, work, overrides)
@@ -293,7 +322,7 @@ def _train_on(gpu: int, gpus: int, stage: StageConfig, work: Path, overrides: li
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
-def _start(stage: StageConfig, work: Path, left: float | None, *, debug: bool = False) -> list[str]:
+def _start(stage: StageConfig, work: Path, clock: Clock, *, debug: bool = False) -> list[str]:
     """Joins what a stage starts from where it takes parts, and returns the overrides of its recipe."""
     overrides = list(stage.debug if debug else stage.overrides)
     start = work / stage.start / "model"
@@ -309,8 +338,7 @@ def _start(stage: StageConfig, work: Path, left: float | None, *, debug: bool = 
         start = joined
     overrides += [f"init={json.dumps(str(start))}"] if stage.start else []
     overrides += [f"weights={stage.weights}"] if stage.weights else []
-    overrides += [] if debug else [f"train_seconds={stage.seconds}"]
-    return overrides + ([] if left is None else [f"time_limit_seconds={left}"])
+    return overrides + ([] if debug else clock.overrides(stage.seconds))
 
 
 def _choose(chain: ChainConfig, work: Path, name: str) -> SittingConfig | None:
@@ -334,10 +362,6 @@ def _done(work: Path, stage: str) -> bool:
 
 def _left(minutes: float, started: float) -> float | None:
     return 60 * minutes - (time.monotonic() - started) if minutes else None
-
-
-def _is_up(left: float | None) -> bool:
-    return left is not None and left < LEAST_SECONDS
 
 
 class Beside:

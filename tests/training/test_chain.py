@@ -19,7 +19,7 @@ from kimi_mm.errors import UserError
 from kimi_mm.evaluation.run_report import read_run
 from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.training import chain as chain_module
-from kimi_mm.training.chain import Beside, ChainConfig, load_chain, run_chain
+from kimi_mm.training.chain import Beside, ChainConfig, Clock, load_chain, run_chain
 from kimi_mm.training.recipe import load_recipe, recipes_root
 from kimi_mm.training.run import train
 
@@ -109,6 +109,14 @@ def test_what_a_sitting_lacks_is_said(tmp_path, capsys):
         cli(["chain", "nano-v1", "--debug", "--minutes", "0.1", "--work", str(tmp_path)])
     assert stopped.value.code == 75
     assert "give the command again" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_made_shorter_when_there_is_one_sitting():
+    assert Clock(lambda: None, once=True).overrides(300.0) == ["train_seconds=300.0"]
+    assert Clock(lambda: 200.0, once=False).overrides(300.0) == ["train_seconds=300.0", "time_limit_seconds=200.0"]
+    assert Clock(lambda: 200.0, once=True).overrides(300.0) == ["train_seconds=140.0", "time_limit_seconds=200.0"]
+    assert Clock(lambda: 500.0, once=True).overrides(300.0) == ["train_seconds=300.0", "time_limit_seconds=500.0"]
+    assert Clock(lambda: 10.0, once=True).is_up()
 
 
 def test_preparation_beside_training_is_waited_for(tmp_path):
