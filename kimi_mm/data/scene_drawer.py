@@ -4,7 +4,8 @@
 
 Batch n is a pure function of (settings, seed, n). Nothing here takes torch, so that worker processes start at once.
 
-Shapes: B rows, T positions of the bucket, P patches of all pictures, p pixels a side of one, M vision rows, L labels.
+Shapes: B rows, T positions of the bucket, P patches of all pictures, p pixels a side of one, M vision rows, S ids for
+what a row shows, L labels.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from kimi_mm.config import ConfigError
 from kimi_mm.data.art import Art
 from kimi_mm.data.drawing import pick
 from kimi_mm.data.questions import Asker, Question
-from kimi_mm.data.scenes import KINDS, compose, fits
+from kimi_mm.data.scenes import KINDS, compose, fits, shown
 from kimi_mm.layout import IGNORE, Layout, Streams
 from kimi_mm.text.tokenizer import TextTokenizer
 from kimi_mm.training.vision_config import SceneDataConfig
 
 PATCH, CELL = 14, 28
+SHOWN = 6  # S: ids at most of what a row is said to show
 Grid = tuple[int, int, int]
 
 
@@ -55,14 +57,15 @@ class Drawn:
     """The arrays of a batch.
 
     `patches` [P, 3, p, p] uint8, picture after picture, of the sizes of its bucket; ids [B, T] int64; `vision_at` [M]
-    are the flat positions b * T + t of vision rows; `labels` [L] are the ids to predict and `positions` [L] where, flat
-    too.
+    are the flat positions b * T + t of vision rows, and `shown` [M, S] the ids of the words for what each of them
+    shows, IGNORE behind; `labels` [L] are the ids to predict and `positions` [L] where, flat too.
     """
 
     patches: np.ndarray
     text_ids: np.ndarray
     audio_ids: np.ndarray
     vision_at: np.ndarray
+    shown: np.ndarray
     positions: np.ndarray
     labels: np.ndarray
 
@@ -70,7 +73,8 @@ class Drawn:
 def _arrays(bucket: Bucket, labels: int) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shapes and types of the arrays of a batch, in the order of `Drawn`."""
     ids = (len(bucket.grids), bucket.positions)
-    shapes: list[tuple[int, ...]] = [ids, ids, (bucket.patches // 4,), (labels,), (labels,)]
+    rows = bucket.patches // 4
+    shapes: list[tuple[int, ...]] = [ids, ids, (rows,), (rows, SHOWN), (labels,), (labels,)]
     patches = ((bucket.patches, 3, PATCH, PATCH), np.dtype(np.uint8))
     return [patches, *((shape, np.dtype(np.int64)) for shape in shapes)]
 
@@ -152,16 +156,22 @@ class SceneDrawer:
         bucket = self.bucket(number)
         if memory is None:
             memory = np.empty(bucket.nbytes, np.uint8)
-        patches, at, rows = carve(memory, bucket, 0).patches, 0, []
+        drawn, at, rows = carve(memory, bucket, 0), 0, []
         for row, grid in enumerate(bucket.grids):
-            canvas, streams = self._row(grid, bucket.positions, np.random.default_rng((self.seed, number, row)))
-            cut_patches(canvas, patches[at : at + grid[1] * grid[2]])
-            at += grid[1] * grid[2]
+            canvas, cells, streams = self._row(grid, bucket.positions, np.random.default_rng((self.seed, number, row)))
+            count = grid[1] * grid[2]
+            cut_patches(canvas, drawn.patches[at : at + count])
+            drawn.shown[at // 4 : (at + count) // 4] = cells
+            at += count
             rows.append(streams)
         return _pack(memory, rows, bucket, self.layout.ids["pad"])
 
-    def _row(self, grid: Grid, positions: int, rng: np.random.Generator) -> tuple[np.ndarray, Streams]:
-        """Draws a picture that fills a grid, up to the padding of its last cells, and talks about it."""
+    def _row(self, grid: Grid, positions: int, rng: np.random.Generator) -> tuple[np.ndarray, list[list[int]], Streams]:
+        """Draws a picture that fills a grid, up to the padding of its last cells, and talks about it.
+
+        Returns:
+            The picture, what each of its cells shows, and the conversation.
+        """
         rows, columns = grid[1] // 2, grid[2] // 2
         size = tuple(int(CELL * n - (rng.integers(0, CELL) if rng.random() < 0.7 else 0)) for n in (rows, columns))
         size = (max(size[0], CELL), max(size[1], CELL))
@@ -172,7 +182,13 @@ class SceneDrawer:
         canvas[: size[0], : size[1]] = scene.image
         asked = self.asker.questions(scene, rng)
         wanted = [q for q in asked if q.kind in self.config.questions] if self.config.questions else asked
-        return canvas, self._talk(wanted or asked[:1], rows * columns, positions)
+        cells = [self._ids(words) for words in shown(scene, rows, columns, CELL)]
+        return canvas, cells, self._talk(wanted or asked[:1], rows * columns, positions)
+
+    def _ids(self, words: Sequence[str]) -> list[int]:
+        """Ids of words, as many as there is room for, and IGNORE behind."""
+        ids = [id for word in words for id in self.layout.tokenizer.encode(word)][:SHOWN]
+        return ids + [IGNORE] * (SHOWN - len(ids))
 
     def _talk(self, asked: Sequence[Question], num_tokens: int, positions: int) -> Streams:
         """Lays out as many questions and answers as there is room for."""

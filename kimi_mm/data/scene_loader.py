@@ -39,6 +39,7 @@ class SceneBatch:
     text_ids: torch.Tensor
     audio_ids: torch.Tensor
     vision_at: torch.Tensor
+    shown: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
     grids: tuple[Grid, ...]

@@ -35,7 +35,7 @@ from kimi_mm.data.drawing import (
     stands_out,
     treat,
 )
-from kimi_mm.data.writing import draw_digit, draw_number, draw_words
+from kimi_mm.data.writing import Letter, draw_digit, draw_number, draw_words
 
 MAX_COUNT = 9
 TRIES = 60
@@ -61,13 +61,17 @@ class Thing:
 
 @dataclass
 class Scene:
-    """A picture and the truth about it. `text` is what is written in it, line by line; `layout` "row" or "column"."""
+    """A picture and the truth about it.
+
+    `text` is what is written in it, line by line, and `letters` where; `layout` is "row" or "column".
+    """
 
     kind: str
     image: np.ndarray
     background: str
     things: list[Thing] = field(default_factory=list)
     text: tuple[str, ...] = ()
+    letters: list[Letter] = field(default_factory=list)
     layout: str = ""
 
 
@@ -83,6 +87,7 @@ class _Sheet:
     plain: bool  # no changes by which a style could be mistaken for another: tests show the art as it is
     things: list[Thing] = field(default_factory=list)
     text: tuple[str, ...] = ()
+    letters: list[Letter] = field(default_factory=list)
     layout: str = ""
 
     def icon(self, name: str, left: int, top: int, size: int) -> None:
@@ -137,7 +142,7 @@ def compose(art: Art, kind: str, size: tuple[int, int], rng: np.random.Generator
     sheet = _Sheet(art, rng, canvas, rgb, color, plain=test)  # type: ignore[arg-type]
     fill(sheet)
     image = np.asarray(sheet.image) if test else camera(sheet.image, rng)
-    return Scene(kind, image, color, sheet.things, sheet.text, sheet.layout)
+    return Scene(kind, image, color, sheet.things, sheet.text, sheet.letters, sheet.layout)
 
 
 def compositions(scene: Scene) -> list[tuple[str, ...]]:
@@ -151,6 +156,47 @@ def compositions(scene: Scene) -> list[tuple[str, ...]]:
     if scene.kind == "text":
         found += [("word", word.lower()) for word in " ".join(scene.text).split()]
     return found
+
+
+def shown(scene: Scene, rows: int, columns: int, cell: int) -> list[list[str]]:
+    """Returns for each cell of a grid, row by row, the words for what it shows.
+
+    A thing is shown by cells that it covers a third of, and by the one that its middle is in; a letter by the latter. A
+    cell with neither shows the background, and one outside of the picture nothing.
+
+    Args:
+        scene: with a picture [H, W, 3].
+        rows: of the grid.
+        columns: of the grid.
+        cell: pixels a side.
+    """
+    height, width, _ = scene.image.shape
+    there = np.zeros((rows, columns), bool)
+    there[: -(-height // cell), : -(-width // cell)] = True
+    found: list[list[str]] = [[] for _ in range(rows * columns)]
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        wide = [_overlap(left, right, column, cell) for column in range(columns)]
+        high = [_overlap(top, bottom, row, cell) for row in range(rows)]
+        covered = np.outer(high, wide) > cell * cell / 3
+        covered[_cell_of(thing.box, rows, columns, cell)] = True
+        for at in np.flatnonzero(covered & there):
+            found[at].append(thing.full_name)
+    for letter in scene.letters:
+        row, column = _cell_of(letter.box, rows, columns, cell)
+        found[row * columns + column].append(letter.character)
+    for at in np.flatnonzero(there):
+        found[at] = found[at] or [scene.background]
+    return found
+
+
+def _overlap(low: int, high: int, number: int, cell: int) -> int:
+    return max(0, min(high, (number + 1) * cell) - max(low, number * cell))
+
+
+def _cell_of(box: tuple[int, int, int, int], rows: int, columns: int, cell: int) -> tuple[int, int]:
+    left, top, right, bottom = box
+    return min(rows - 1, max(0, (top + bottom) // 2 // cell)), min(columns - 1, max(0, (left + right) // 2 // cell))
 
 
 # ---- kinds: each returns the icons that must suit the background, and how to fill the sheet --------------------------
@@ -249,21 +295,21 @@ def _shapes(art: Art, size: tuple[int, int], rng: np.random.Generator, test: boo
 
 def _text(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bool) -> Plan:
     def fill(sheet: _Sheet) -> None:
-        sheet.text = draw_words(sheet.image, art, rng, test)
+        sheet.text, sheet.letters = draw_words(sheet.image, art, rng, test)
 
     return [], fill
 
 
 def _digit(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bool) -> Plan:
     def fill(sheet: _Sheet) -> None:
-        sheet.text = draw_digit(sheet.image, art, rng)
+        sheet.text, sheet.letters = draw_digit(sheet.image, art, rng)
 
     return [], fill
 
 
 def _number(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bool) -> Plan:
     def fill(sheet: _Sheet) -> None:
-        sheet.text = draw_number(sheet.image, art, rng)
+        sheet.text, sheet.letters = draw_number(sheet.image, art, rng)
 
     return [], fill
 

@@ -1,12 +1,14 @@
 """Words and digits in scenes: which ones, in which font, how large, and in ink that can be told from the paper.
 
 Held-out words are those that `held_out("word", ...)` says; fonts are held out by being in a pack of their own.
+Beside the lines as they stand there, everything that writes returns its letters and where they are.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,11 +18,22 @@ from kimi_mm.data.digits import coarse_digit, coarse_picture, written_digit
 from kimi_mm.data.drawing import COLORS, Rgb, distance, pick, pick_rgb
 
 SMALLEST = 15  # pixels to the em
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: bool) -> tuple[str, ...]:
-    """Writes one to four words, in one to three lines, and returns the lines as they stand there.
+@dataclass(frozen=True)
+class Letter:
+    """A letter or digit of what is written in a scene, and its box."""
+
+    character: str
+    box: Box
+
+
+Written = tuple[tuple[str, ...], list[Letter]]
+
+
+def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: bool) -> Written:
+    """Writes one to four words, in one to three lines.
 
     In tests all words are held out; otherwise none is, and some are letters that make no word.
     """
@@ -46,23 +59,23 @@ def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: boo
     left = int(rng.integers(2, max(3, width - box[0] - 3)))
     top = int(rng.integers(1, max(2, height - box[1] - 2)))
     paper = _paper(image, (left, top, left + box[0], top + box[1]), rng)
-    _write(image, art, font_name, size, lines, (left, top), ink_for(paper, rng))
-    return tuple(lines)
+    return tuple(lines), _write(image, art, font_name, size, lines, (left, top), ink_for(paper, rng))
 
 
-def draw_number(image: Image.Image, art: Art, rng: np.random.Generator) -> tuple[str, ...]:
-    """Writes a number of two to five digits in a font or by hand and returns it."""
+def draw_number(image: Image.Image, art: Art, rng: np.random.Generator) -> Written:
+    """Writes a number of two to five digits in a font or by hand."""
     width, height = image.size
     digits = "".join(map(str, rng.integers(0, 10, int(rng.integers(2, 6 if width > 80 else 3)))))
     if rng.random() < 0.5:
         side = int(min(height * 0.9, width / (0.75 * len(digits))) * rng.uniform(0.6, 0.95))
         left, top = (int(rng.uniform(0, max(0, room))) for room in (width - 0.75 * side * len(digits), height - side))
         paper = _paper(image, (left, top, left + round(0.75 * side * len(digits)), top + side), rng)
-        ink = ink_for(paper, rng)
+        ink, letters = ink_for(paper, rng), []
         for i, digit in enumerate(digits):
-            mask = Image.fromarray(written_digit(int(digit), side, rng))
-            image.paste(Image.new("RGB", mask.size, ink), (left + round(0.75 * side * i), top), mask)
-        return (digits,)
+            mask, at = Image.fromarray(written_digit(int(digit), side, rng)), left + round(0.75 * side * i)
+            image.paste(Image.new("RGB", mask.size, ink), (at, top), mask)
+            letters.append(Letter(digit, (at, top, at + side, top + side)))
+        return (digits,), letters
     font_name = art.fonts[rng.integers(len(art.fonts))]
     size = int(min(height * 0.8, 1.5 * width / len(digits)) * rng.uniform(0.5, 0.95))
     box = _extent(art, font_name, size, (digits,))
@@ -71,11 +84,10 @@ def draw_number(image: Image.Image, art: Art, rng: np.random.Generator) -> tuple
         box = _extent(art, font_name, size, (digits,))
     left, top = (int(rng.integers(2, max(3, room - 2))) for room in (width - box[0], height - box[1]))
     paper = _paper(image, (left, top, left + box[0], top + box[1]), rng)
-    _write(image, art, font_name, size, (digits,), (left, top), ink_for(paper, rng))
-    return (digits,)
+    return (digits,), _write(image, art, font_name, size, (digits,), (left, top), ink_for(paper, rng))
 
 
-def draw_digit(image: Image.Image, art: Art, rng: np.random.Generator) -> tuple[str, ...]:
+def draw_digit(image: Image.Image, art: Art, rng: np.random.Generator) -> Written:
     """Shows a single digit: half of them in the coarse grain of small scans, the others by hand or in a font."""
     digit, kind = int(rng.integers(0, 10)), rng.random()
     width, height = image.size
@@ -87,17 +99,16 @@ def draw_digit(image: Image.Image, art: Art, rng: np.random.Generator) -> tuple[
             picture = picture.point(lambda v: 255 - v)
         left, top = (int(rng.integers(0, room + 1)) for room in (width - side, height - side))
         image.paste(picture.convert("RGB"), (left, top))
-        return (str(digit),)
+        return (str(digit),), [Letter(str(digit), (left, top, left + side, top + side))]
     side = int(min(width, height) * rng.uniform(0.45, 0.95))
     left, top = (int(rng.integers(0, room + 1)) for room in (width - side, height - side))
     ink = ink_for(_paper(image, (left, top, left + side, top + side), rng), rng)
     if kind < 0.8:
         mask = Image.fromarray(written_digit(digit, side, rng))
         image.paste(Image.new("RGB", mask.size, ink), (left, top), mask)
-    else:
-        font_name = art.fonts[rng.integers(len(art.fonts))]
-        _write(image, art, font_name, max(10, int(0.9 * side)), (str(digit),), (left, top), ink)
-    return (str(digit),)
+        return (str(digit),), [Letter(str(digit), (left, top, left + side, top + side))]
+    font_name = art.fonts[rng.integers(len(art.fonts))]
+    return (str(digit),), _write(image, art, font_name, max(10, int(0.9 * side)), (str(digit),), (left, top), ink)
 
 
 def ink_for(paper: Rgb, rng: np.random.Generator) -> Rgb:
@@ -157,12 +168,21 @@ def _extent(art: Art, font_name: str, size: int, lines: Sequence[str]) -> tuple[
 
 def _write(
     image: Image.Image, art: Art, font_name: str, size: int, lines: Sequence[str], at: tuple[int, int], ink: Rgb
-) -> None:
+) -> list[Letter]:
     font = art.font(font_name, size)
     step = sum(font.getmetrics())
     draw = ImageDraw.Draw(image)
+    letters = []
     for i, line in enumerate(lines):
-        draw.text((at[0] + 2, at[1] + i * step), line, font=font, fill=ink)
+        left, top = at[0] + 2, at[1] + i * step
+        draw.text((left, top), line, font=font, fill=ink)
+        edges = [left + int(font.getlength(line[:end])) for end in range(len(line) + 1)]
+        letters += [
+            Letter(character, (edges[n], top, edges[n + 1], top + step))
+            for n, character in enumerate(line)
+            if character != " "
+        ]
+    return letters
 
 
 def _paper(image: Image.Image, box: Box, rng: np.random.Generator) -> Rgb:

@@ -123,6 +123,7 @@ class Recipe(Config):
             dialogs (speech, joint) or about pictures (vision).
         feature_noise: standard deviation of noise on the continuous features that are heard, as a share of their size.
         audio_weight: weight of the codes of spoken answers beside their text.
+        shown_weight: weight of what every row of a picture shows, in words, beside the answers about it.
         freeze_backbone: the vision stage trains tower and projector only, and leaves the rest bit for bit as it was.
         freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; what makes
             codes always is.
@@ -155,6 +156,7 @@ class Recipe(Config):
     tts_share: float = 0.0
     scene_share: float = 0.0
     audio_weight: float = 1.0
+    shown_weight: float = 0.0
     freeze_backbone: bool = False
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None

@@ -3,21 +3,31 @@
     patches uint8 ─► VisionEncoder ─► rows ─┐ in the places of the media pads
     ids ─────────────► Backbone.embed ──────┴─► backbone ─► answers
 
+Answers alone teach a new tower next to nothing for a long time: the backbone guesses from the question, and what
+reaches the tower through it is noise. So every row has to say what it shows as well: its direction is compared with
+those of the embedded ids, and has to be nearest to the ids of the words for what its 28 x 28 pixels show ("shown").
+
 With `freeze_backbone` only tower and projector learn, by gradients through a backbone that stays bit for bit as it was.
 Otherwise all of them do, and batches of speech and text (`speech_share`, `text_share`) keep the other abilities alive.
 
-Shapes: B rows, T positions, P patches, p pixels a side of a patch, M vision rows, D hidden size, L labels.
+Shapes: B rows, T positions, P patches, p pixels a side of a patch, M vision rows, S ids for what a row shows, D hidden
+size, L labels, V ids of text.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kimi_mm.config import ConfigError
 from kimi_mm.data.loader import SpeechBatch
 from kimi_mm.data.scene_drawer import Grid
 from kimi_mm.data.scene_loader import SceneBatch
+from kimi_mm.kernels.precision import without_autocast
+from kimi_mm.layout import IGNORE
 from kimi_mm.model import Model
 from kimi_mm.text.backbone import Backbone
 from kimi_mm.training.graphs import Graphed
@@ -27,7 +37,10 @@ from kimi_mm.vision.encoder import Layout, VisionEncoder, kept_layout
 
 
 class _Looking(nn.Module):
-    """Patches [P, 3, p, p] uint8 of pictures of fixed sizes, ids [B, T], places [M] to hidden states [B, T, D]."""
+    """Patches [P, 3, p, p] uint8 of pictures of fixed sizes, ids [B, T], places [M] to hidden states [B, T, D].
+
+    Returns the rows [M, D] that the eyes made as well.
+    """
 
     def __init__(self, vision: VisionEncoder, backbone: Backbone, grids: tuple[Grid, ...]) -> None:
         super().__init__()
@@ -36,13 +49,13 @@ class _Looking(nn.Module):
 
     def forward(
         self, patches: torch.Tensor, text_ids: torch.Tensor, audio_ids: torch.Tensor, vision_at: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.layout = kept_layout(tuple(self.grids), patches.device)
         pixels = patches.float().div_(255.0).sub_(0.5).div_(0.5)
         rows = torch.cat(self.vision(pixels, self.grids))
         x = self.backbone.embed(text_ids, audio_ids)
         x = x.flatten(0, 1).index_copy(0, vision_at, rows.to(x.dtype)).view_as(x)
-        return self.backbone(x).text_hidden
+        return self.backbone(x).text_hidden, rows
 
 
 class VisionObjective(SpeechTextObjective):
@@ -54,6 +67,7 @@ class VisionObjective(SpeechTextObjective):
             raise ConfigError(f"{recipe.model}: the model has no section 'vision', which the vision stage trains.")
         self.vision = model.vision
         self._looking: dict[tuple[Grid, ...], Graphed] = {}
+        self.sharpness = nn.Parameter(torch.tensor(math.log(20.0)))  # log of what cosines are multiplied by
         if recipe.freeze_backbone:
             self.backbone.requires_grad_(False)
             self.characters.requires_grad_(False)
@@ -72,7 +86,29 @@ class VisionObjective(SpeechTextObjective):
         if batch.grids not in self._looking:
             module = _Looking(self.vision, self.backbone, batch.grids)
             self._looking[batch.grids] = Graphed(module, self.recipe.cuda_graphs)
-        hidden = self._looking[batch.grids](batch.patches, batch.text_ids, batch.audio_ids, batch.vision_at)
+        hidden, rows = self._looking[batch.grids](batch.patches, batch.text_ids, batch.audio_ids, batch.vision_at)
         picked = hidden.flatten(0, 1).index_select(0, batch.positions)
         loss = cross_entropy(self.backbone, picked, batch.labels, self.recipe.label_smoothing)
-        return {"loss": loss, "answers": loss}
+        losses = {"answers": loss}
+        if self.recipe.shown_weight:
+            words = self.backbone.embed_tokens.weight[: self.config.vocab.num_text_tokens]
+            losses["shown"] = shown_loss(rows, words, self.sharpness.exp(), batch.shown)
+            loss = loss + self.recipe.shown_weight * losses["shown"]
+        return {"loss": loss, **losses}
+
+
+def shown_loss(rows: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Returns the mean cross-entropy of what rows show, uniform over the ids of a row, given their directions.
+
+    Args:
+        rows: [M, D] of the eyes.
+        words: [V, D] embedded ids of text; they take no gradient.
+        scale: [] that cosines are multiplied by.
+        shown: [M, S] ids, IGNORE behind; rows without any do not count.
+    """
+    with without_autocast(rows.device):
+        cosines = F.normalize(rows.float(), dim=-1) @ F.normalize(words.detach().float(), dim=-1).T
+        logits = (scale * cosines).log_softmax(-1)
+        real = shown != IGNORE
+        chosen = logits.gather(1, shown.clamp(min=0)) * real
+        return -(chosen.sum(1) / real.sum(1).clamp(min=1)).sum() / real[:, 0].sum().clamp(min=1)

@@ -15,6 +15,7 @@ import torch
 
 from kimi_mm.config import VocabConfig
 from kimi_mm.data.art import ART
+from kimi_mm.data.drawing import COLORS, SHAPES
 from kimi_mm.data.loader import NOT_MINE, Prefetcher
 from kimi_mm.data.scene_drawer import SceneDrawer, carve, cut_patches
 from kimi_mm.data.scene_loader import SceneLoader
@@ -38,7 +39,7 @@ def processor(lead=True):
 
 
 def same(one, other):
-    fields = ("patches", "text_ids", "audio_ids", "vision_at", "positions", "labels")
+    fields = ("patches", "text_ids", "audio_ids", "vision_at", "shown", "positions", "labels")
     return one.grids == other.grids and all(torch.equal(getattr(one, f), getattr(other, f)) for f in fields)
 
 
@@ -81,6 +82,21 @@ def test_arrays_in_given_memory(art_folder):
     assert (memory[-100:] == 7).all()
     assert len(drawn.vision_at) == bucket.patches // 4
     assert (drawn.labels != IGNORE).all()
+
+
+def test_rows_say_what_they_show(art_folder):
+    """Every row has the ids of a thing's name, a colour or letters, in the order in which the rows lie."""
+    drawer = SceneDrawer(settings(art_folder, kinds={"several": 1.0}), processor(), seed=1)
+    drawn, bucket = drawer.draw(0), drawer.bucket(0)
+    tokenizer = processor().tokenizer
+    words = [tokenizer.decode(ids[ids != IGNORE].tolist()) for ids in drawn.shown]
+    known = (*drawer.art.things, *COLORS, *(f"{color} {shape}" for color in COLORS for shape in SHAPES))
+    assert all(any(name.startswith(word) for name in known) for word in words)  # a long name loses its end
+    _, h, w = bucket.grids[0]
+    cells = drawn.patches[: h * w].reshape(h // 2, 2, w // 2, 2, 3, 14, 14).swapaxes(1, 2).reshape(h * w // 4, -1)
+    plain = [np.ptp(cell.reshape(4, 3, -1), axis=(0, 2)).max() for cell in cells]
+    names = [bool(word) and word not in COLORS for word in words[: h * w // 4]]
+    assert np.mean([p for p, n in zip(plain, names, strict=True) if n]) > np.mean(plain)
 
 
 def test_patches_are_those_of_the_processor():

@@ -9,8 +9,8 @@ import pytest
 from kimi_mm.data.art import ART, HELD_OUT, Art, held_out
 from kimi_mm.data.digits import coarse_digit, coarse_picture, written_digit
 from kimi_mm.data.drawing import COLORS, SHAPES, distance, outlined, pick, pick_rgb, shape_icon, widened
-from kimi_mm.data.scenes import KINDS, MAX_COUNT, compose, compositions, fits
-from kimi_mm.data.writing import SMALLEST, ink_for
+from kimi_mm.data.scenes import KINDS, MAX_COUNT, Scene, Thing, compose, compositions, fits, shown
+from kimi_mm.data.writing import SMALLEST, Letter, ink_for
 
 SIZES = [(56, 56), (84, 300), (224, 150), (112, 112), (455, 471), (28, 90)]
 
@@ -38,6 +38,8 @@ def test_every_kind_at_every_size_that_fits(art, kind):
                 left, top, right, bottom = thing.box
                 assert 0 <= left < right <= size[1]
                 assert 0 <= top < bottom <= size[0]
+            written = "".join(letter.character for letter in scene.letters)
+            assert written == "".join(scene.text).replace(" ", "")
             for a, b in combinations(scene.things, 2):
                 apart = a.box[2] <= b.box[0] or b.box[2] <= a.box[0] or a.box[3] <= b.box[1] or b.box[3] <= a.box[1]
                 assert apart, (a, b)
@@ -183,3 +185,30 @@ def test_picks_are_those_of_choice():
     for shares in ((0.4, 0.3, 0.3), (1.0,), (0.0, 2.0, 5.0)):
         p = np.asarray(shares) / sum(shares)
         assert [pick(ours, shares) for _ in range(200)] == theirs.choice(len(shares), 200, p=p).tolist()
+
+
+def test_letters_are_where_their_ink_is(art):
+    """Each letter's box differs from the paper around it; a box with nothing in it would teach the eyes to invent."""
+    empty = total = 0
+    for seed in range(40):
+        scene = compose(art, "text", (112, 224), np.random.default_rng(seed), test=True)
+        for letter in scene.letters:
+            left, top, right, bottom = letter.box
+            inside = scene.image[max(0, top) : bottom, max(0, left) : right].astype(int)
+            total += 1
+            empty += inside.size == 0 or np.ptp(inside, axis=(0, 1)).max() < 60
+    assert total > 200
+    assert empty / total < 0.02
+
+
+def test_what_each_cell_shows():
+    things = [Thing("dog", (0, 0, 28, 28)), Thing("ring", (40, 0, 84, 40), "red"), Thing("ant", (30, 60, 34, 64))]
+    letters = [Letter("a", (60, 58, 66, 70)), Letter("b", (66, 58, 72, 70))]
+    image = np.zeros((70, 100, 3), np.uint8)
+    scene = Scene("several", image, "blue", things, letters=letters)
+    assert shown(scene, 4, 5, 28) == [
+        *(["dog"], ["red ring"], ["red ring"], ["blue"], []),
+        *(["blue"], ["blue"], ["red ring"], ["blue"], []),
+        *(["blue"], ["ant"], ["a", "b"], ["blue"], []),
+        *([[]] * 5),
+    ]
