@@ -241,7 +241,7 @@ class TwoStreams:
         graphs: bool | None = None,
     ) -> None:
         if model.backbone.audio is None:
-            raise UserError(f"model '{model.config.name}' has no voice; its config has no 'backbone.audio_head'.")
+            raise UserError(f"model '{model.config.name}' does not speak; its config has no 'backbone.audio_head'.")
         self.model, self.inputs, self.graphs = model, inputs, graphs
         delay = model.config.audio_delay if delay is None else delay
         generator = generator or torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ from kimi_mm.types import CodePiece, TextPiece, WavePiece
 
 
 def speaks(model: KimiMM) -> bool:
-    """Tells whether a model has a voice."""
+    """Tells whether a model chooses codes to say, and has a voice that says them."""
     return model.config.detokenizer is not None and model.config.backbone.audio_head
 
 
@@ -36,7 +36,7 @@ def check_voice(model: KimiMM) -> int:
         UserError: it has none.
     """
     if not model.config.backbone.audio_head:
-        raise UserError(f"model '{model.config.name}' has no voice; take a checkpoint with an audio branch.")
+        raise UserError(f"model '{model.config.name}' does not speak; take a checkpoint with an audio branch.")
     return model.detokenizer.sample_rate
 
 

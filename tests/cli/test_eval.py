@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 
 from kimi_mm.audio.io import read_audio, resample
+from kimi_mm.checkpoint import save_checkpoint
+from kimi_mm.config import ModelConfig
 from kimi_mm.data.asterisk import Prompt
 from kimi_mm.data.debug import write_debug_dialogs
 from kimi_mm.data.human import write_clips
 from kimi_mm.data.packages import cache_dir
 from kimi_mm.data.targets import CANONICAL, TargetClip, write_target_shard
 from kimi_mm.evaluation.asr import SETS
+from kimi_mm.model import Model
+from kimi_mm.text.tokenizer import TextTokenizer
+from kimi_mm.training.recipe import recipes_root
 
 
 @pytest.fixture
@@ -80,11 +85,13 @@ def spoken(clips, tmp_path):
     return folder
 
 
-def test_speech_of_a_model_without_a_voice(kimi, spoken):
-    result = kimi("eval", "speech", "--data", spoken)
+def test_speech_of_a_model_without_a_voice(kimi, spoken, tmp_path):
+    mute = Model(ModelConfig.from_yaml(recipes_root() / "models" / "debug.yaml"))
+    save_checkpoint(tmp_path / "mute", mute, TextTokenizer.train(["a few words"] * 3, 300))
+    result = kimi("eval", "speech", "--data", spoken, "--model", tmp_path / "mute")
     assert (result.code, result.out) == (1, "")
     assert result.complaints == [
-        "kimi-mm: model 'nano' has no voice; take a checkpoint whose config has 'detokenizer'."
+        f"kimi-mm: model '{mute.config.name}' has no voice; take a checkpoint whose config has 'detokenizer'."
     ]
     assert kimi("eval", "speech", "--data", spoken, "--set", "teacher,dogs").code == 2
 

@@ -134,7 +134,7 @@ def test_what_a_model_lacks(nano):
     with pytest.raises(openai.BadRequestError, match="has no eyes") as caught:
         ask(nano, user(picture()))
     assert caught.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="has no voice"):
+    with pytest.raises(openai.BadRequestError, match="does not speak"):
         ask(nano, modalities=["text", "audio"], audio={"voice": "alloy", "format": "wav"})
 
 

@@ -204,7 +204,7 @@ def test_speech_of_a_model_without_a_voice_is_refused_and_the_session_goes_on(na
         session.connection.session.update(session={"type": "realtime", "output_modalities": ["audio"]})
         error = session.connection.recv()
         assert (error.type, error.error.type) == ("error", "invalid_request_error")
-        assert "has no voice" in error.error.message
+        assert "does not speak" in error.error.message
         session.update(instructions="")
 
 

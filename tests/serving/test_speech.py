@@ -70,5 +70,5 @@ def test_bad_requests(tiny, form, text, options, words):
 
 
 def test_a_model_without_a_voice_says_so(nano):
-    with pytest.raises(openai.BadRequestError, match="has no voice"):
+    with pytest.raises(openai.BadRequestError, match="does not speak"):
         say(nano, "wav")

@@ -314,7 +314,7 @@ def check_modalities(service: Service, modalities: Sequence[str]) -> None:
     if "audio" in modalities and not speaks(service.model):
         raise ApiError(
             400,
-            f"output_modalities: model '{service.model_id}' has no voice; take ['text'].",
+            f"output_modalities: model '{service.model_id}' does not speak; take ['text'].",
             param="output_modalities",
         )
 
