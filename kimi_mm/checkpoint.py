@@ -135,17 +135,31 @@ def join_checkpoints(path: str | Path, base: Path, parts: Mapping[str, Path], *,
     return save_checkpoint(path, model, TextTokenizer.load(base / "tokenizer.json"), weights=weights)
 
 
-def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "", optional: tuple[str, ...] = ()) -> None:
+def load_tensors(
+    model: torch.nn.Module,
+    path: Path,
+    *,
+    prefix: str = "",
+    optional: tuple[str, ...] = (),
+    spare: tuple[str, ...] = (),
+) -> list[str]:
     """Copies a checkpoint's tensors (those that start with `prefix`, which is cut off) into a module, all or error.
 
-    Parts of the module whose names start with one of `optional` may be missing; they keep their values.
+    Parts of the module whose names start with one of `optional` may be missing; they keep their values. Tensors whose
+    names start with one of `spare` are left out where the module has none of that name.
+
+    Returns:
+        Those of `spare` that were left out.
     """
     wanted = model.state_dict()
-    seen = set()
+    seen, left = set(), set()
     for name, tensor, file in read_tensors(path):
         if not name.startswith(prefix):
             continue
         key = name[len(prefix) :]
+        if key not in wanted and key.startswith(spare):
+            left |= {part for part in spare if key.startswith(part)}
+            continue
         if key not in wanted:
             raise CheckpointError(f"{file}: unknown tensor '{name}'; the config describes another model.")
         if tensor.shape != wanted[key].shape:
@@ -161,6 +175,7 @@ def load_tensors(model: torch.nn.Module, path: Path, *, prefix: str = "", option
     for module in model.modules():
         if isinstance(module, VectorQuantizer):
             module.restart_averages()
+    return sorted(left)
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:

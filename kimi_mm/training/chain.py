@@ -7,7 +7,8 @@ stages. Within a sitting the command may be given as often as one likes: a stage
 clock (`train_seconds`), and one that is done is passed over.
 
 On a machine with several GPUs each one takes the first stage that can start: whose data is there, and the models that
-it is made from. A stage may take parts from several, for instance eyes that were trained while its ears were.
+it is made from. A stage may be spread over several, which are then kept for it, and may take parts from several stages,
+for instance eyes that were trained while its ears were.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class StageConfig(Config):
         needs: of what is prepared beside, how many shards must be there before it starts (0: all): {speech: 100}.
         start: stage whose model it starts from ("": what the recipe says).
         parts: what it takes from other stages: {vision: eyes}.
+        gpus: that it is spread over, as many micro-batches as those make a step; on a machine with fewer, those.
         weights: format of its model, see `save_checkpoint` ("": what the recipe says).
         overrides: of the recipe.
         debug: overrides at debug size, in place of these.
@@ -71,6 +73,7 @@ class StageConfig(Config):
     needs: dict[str, int] = field(default_factory=dict)
     start: str = ""
     parts: dict[str, str] = field(default_factory=dict)
+    gpus: int = 1
     weights: str = ""
     overrides: tuple[str, ...] = ()
     debug: tuple[str, ...] = ()
@@ -109,10 +112,12 @@ class SittingConfig(Config):
     stages: tuple[StageConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        seconds = sum(stage.seconds for stage in self.stages)
+        if any(not 1 <= stage.gpus <= self.gpus for stage in self.stages):
+            raise ConfigError(f"sitting '{self.name}': gpus of a stage must be from 1 to {self.gpus}.")
+        seconds = sum(stage.seconds * stage.gpus for stage in self.stages)
         if seconds > 60 * self.minutes * self.gpus:
             raise ConfigError(
-                f"sitting '{self.name}': its stages take {seconds:g} s, more than {self.minutes:g} minutes."
+                f"sitting '{self.name}': its stages take {seconds:g} s of a GPU, more than {self.minutes:g} minutes."
             )
         calls = [call.split()[0] for call in self.beside]
         for stage in self.stages:
@@ -272,38 +277,42 @@ def _train_at_once(
     gpus: int,
     say: Callable[[str], None],
 ) -> bool:
-    """Trains stages in processes of their own, one on each GPU, which write to WORK/<stage>.log.
+    """Trains stages in processes of their own on GPUs of their own, which write to WORK/<stage>.log.
 
     A stage that fails does not stop those that do not need it. Returns whether all are done.
     """
     waiting = list(stages)
-    running: dict[int, tuple[StageConfig, subprocess.Popen]] = {}
+    running: dict[str, tuple[StageConfig, list[int], subprocess.Popen]] = {}
     failed: list[str] = []
     try:
         while waiting or running:
-            for gpu, (stage, process) in list(running.items()):
+            for name, (_, _, process) in list(running.items()):
                 if process.poll() is not None:
-                    del running[gpu]
-                    failed += [stage.name] if process.returncode else []
-                    say(f"{stage.name}: {'done' if _done(work, stage.name) else 'stopped before its end'}")
+                    del running[name]
+                    failed += [name] if process.returncode else []
+                    say(f"{name}: {'done' if _done(work, name) else 'stopped before its end'}")
             if clock.is_up():
                 waiting = []
             lost = {stage.name for stage in stages if not _done(work, stage.name)} - {s.name for s in waiting}
-            lost -= {stage.name for stage, _ in running.values()}
+            lost -= set(running)
             waiting = [stage for stage in waiting if not lost & set(stage.made_from)]
             ready = [s for s in waiting if all(_done(work, name) for name in s.made_from) and beside.has(s.needs)]
-            idle = [gpu for gpu in range(gpus) if gpu not in running]
-            for gpu, stage in zip(idle, ready, strict=False):
+            idle = [gpu for gpu in range(gpus) if not any(gpu in taken for _, taken, _ in running.values())]
+            for stage in ready:
+                wanted = min(stage.gpus, gpus)
+                if len(idle) < wanted:
+                    break  # what it waits for is not given to later ones
+                mine, idle = idle[:wanted], idle[wanted:]
                 waiting.remove(stage)
                 overrides = _start(stage, work, clock)
                 if stage.recipe:
-                    say(f"train {stage.recipe} {' '.join(overrides)} on GPU {gpu}")
-                    running[gpu] = stage, _train_on(gpu, gpus, stage, work, overrides)
+                    say(f"train {stage.recipe} {' '.join(overrides)} on GPU {', '.join(map(str, mine))}")
+                    running[stage.name] = stage, mine, _train_on(mine, gpus, stage, work, overrides)
             time.sleep(0.2)
     finally:
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.terminate()  # it saves
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.wait()
     if failed:
         logs = ", ".join(f"{work / name}.log" for name in failed)
@@ -314,10 +323,15 @@ def _train_at_once(
     return not missing
 
 
-def _train_on(gpu: int, gpus: int, stage: StageConfig, work: Path, overrides: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "kimi_mm", "train", stage.recipe, "--output", str(work / stage.name), *overrides]
+def _train_on(mine: list[int], gpus: int, stage: StageConfig, work: Path, overrides: list[str]) -> subprocess.Popen:
+    launch = [sys.executable, "-m"]
+    if len(mine) > 1:
+        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(len(mine)), "-m"]
+        overrides = [*overrides, f"gradient_accumulation={len(mine)}"]
+    command = [*launch, "kimi_mm", "train", stage.recipe, "--output", str(work / stage.name), *overrides]
     threads = str(max(1, (os.cpu_count() or 1) // (2 * gpus)))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    visible = ",".join(map(str, mine))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "CUDA_VISIBLE_DEVICES": visible}
     with (work / f"{stage.name}.log").open("ab") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 

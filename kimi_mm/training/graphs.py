@@ -68,8 +68,8 @@ class Graphed:
         module: from tensors to a tensor, or to a tuple of them; must not read anything back. Its parameters are read
             and receive gradients in place. When a shape is first seen, no autograd graph made eagerly may still hold
             one of them: it ties the gradient to the default stream, which the capture of a backward must not enter.
-        enabled: False runs eagerly, as on a CPU and in runs of several processes. Gradient accumulation is not
-            possible when True, since replays overwrite the gradients they returned.
+        enabled: False runs eagerly, as on a CPU. Gradient accumulation is not possible when True, since replays
+            overwrite the gradients they returned.
     """
 
     def __init__(self, module: nn.Module, enabled: bool) -> None:
@@ -79,9 +79,7 @@ class Graphed:
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """Returns what the module returns; with graphs it is valid until the next call of the same shapes."""
-        device = inputs[0].device
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-        if not (self.enabled and alone) or device.type != "cuda" or not torch.is_grad_enabled():
+        if not (self.enabled and inputs[0].is_cuda and torch.is_grad_enabled()):
             return self.module(*inputs)
         key = tuple((tuple(t.shape), t.dtype) for t in inputs)
         if key not in self._graphs:

@@ -4,7 +4,8 @@
     micro-batches    gradient_accumulation of them make a step, dealt to the data groups in turn
     experts          cut along E, tokens travel (kimi_mm.text.expert_parallel)
     rows             cut along T (kimi_mm.text.context)
-    gradients        averaged over all ranks by DDP or FSDP2; small and expert ones here, in one go
+    gradients        averaged over all ranks by DDP or FSDP2; here, in one go, small and expert ones, and all of them
+                     where CUDA graphs write them, which know nothing of DDP's hooks
     FSDP2            matrices of each layer in fp32 shards, gathered in bf16; vectors and routers stay whole, in fp32
 
 A step does not depend on how it is spread: micro-batches, their random draws and all counts are those of one process.
@@ -165,12 +166,15 @@ class Parallel:
         if config.expert > 1 and self.backbone is None:
             raise ConfigError(f"parallel.expert={config.expert}: stage '{recipe.stage}' trains no experts.")
         config.check_world(self.world, None if moe is None else moe.num_experts, recipe.gradient_accumulation)
-        if self.world > 1 and recipe.train_seconds:
-            raise ConfigError("train_seconds: the clocks of several processes differ; train in one, or by steps.")
         if config.context > 1 and recipe.stage != "text":
             raise ConfigError(f"parallel.context={config.context}: only the text stage cuts its rows.")
         self.groups = self.world // config.context
         self.group = self.rank // config.context
+        if recipe.cuda_graphs and self.micro_batches > 1:
+            raise ConfigError(
+                f"cuda_graphs: a process cannot accumulate {self.micro_batches} micro-batches, since replays overwrite "
+                f"gradients; set gradient_accumulation={self.groups}, or cuda_graphs=false."
+            )
         self.objective = objective.to(device)
         if self.world > 1 and isinstance(objective, DocumentObjective):
             objective.everywhere = True
@@ -225,6 +229,10 @@ class Parallel:
     def _wrap(self, step: TrainingStep) -> nn.Module:
         if self.world == 1:
             return step
+        if self.config.data == "ddp" and self.recipe.cuda_graphs:
+            for tensor in (*step.parameters(), *step.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+            return step
         if self.config.data == "ddp":
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, list(expert_places(step)))
             return DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=True)
@@ -254,7 +262,7 @@ class Parallel:
             if name in self._places:
                 place = self._places[name]
                 experts.append(parameter)
-            elif self.config.data == "fsdp":
+            elif self.config.data == "fsdp" or self.recipe.cuda_graphs:
                 whole.append(parameter)
         found: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         if whole:

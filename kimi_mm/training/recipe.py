@@ -112,7 +112,7 @@ class Recipe(Config):
         whisper: safetensors file of pretrained encoder weights, for the tokenizer stage.
         stop_after: leave after this step with everything saved (0: run to the end); a later run goes on from there.
         cuda_graphs: replay the backbone, or all of a stage of speech output, as CUDA graphs, one for each batch shape;
-            a single GPU without accumulation.
+            on each GPU without accumulation.
         token_corruption: share of the written tokens that the asr stage replaces by random ones in its input.
         train_seconds: of training in all, over however many starts: the schedule, `augment_from` included, follows this
             clock where it is further than the steps, and the run ends when they are spent (0: steps alone count).
@@ -123,6 +123,7 @@ class Recipe(Config):
             dialogs (speech, joint) or about pictures (vision).
         feature_noise: standard deviation of noise on the continuous features that are heard, as a share of their size.
         audio_weight: weight of the codes of spoken answers beside their text.
+        answers_weight: weight of the answers about pictures; 0 leaves the backbone out of the vision stage's pictures.
         shown_weight: weight of what every row of a picture shows, in words, beside the answers about it.
         freeze_backbone: the vision stage trains tower and projector only, and leaves the rest bit for bit as it was.
         freeze: parts that the stages on documents leave as they are, see `kimi_mm.training.freezing.PARTS`; what makes
@@ -156,6 +157,7 @@ class Recipe(Config):
     tts_share: float = 0.0
     scene_share: float = 0.0
     audio_weight: float = 1.0
+    answers_weight: float = 1.0
     shown_weight: float = 0.0
     freeze_backbone: bool = False
     freeze: tuple[str, ...] = ()
@@ -190,12 +192,15 @@ class Recipe(Config):
             raise ConfigError(f"seed={self.seed} must not be negative.")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision='{self.precision}' must be fp32 or bf16.")
-        if self.cuda_graphs and self.gradient_accumulation > 1:
-            raise ConfigError("cuda_graphs: not possible with gradient_accumulation above 1; choose one.")
+        spread = self.parallel
+        if self.cuda_graphs and (spread.data != "ddp" or max(spread.expert, spread.context) > 1):
+            raise ConfigError("cuda_graphs: only with parallel.data=ddp, and with expert=1 and context=1; choose one.")
         if self.weights not in ("fp32", "fp16", "int8"):
             raise ConfigError(f"weights='{self.weights}' must be fp32, fp16 or int8.")
         if self.freeze_backbone and (self.stage != "vision" or self.text_share or self.speech_share):
             raise ConfigError("freeze_backbone: for the vision stage with text_share and speech_share 0 only.")
+        if min(self.answers_weight, self.shown_weight) < 0 or not (self.answers_weight or self.shown_weight):
+            raise ConfigError("answers_weight and shown_weight must not be negative, and one of them above 0.")
         if self.text_share + self.speech_share + self.tts_share + self.scene_share > 1 + 1e-6:
             raise ConfigError("text_share, speech_share, tts_share and scene_share add up to more than 1.")
         if self.scene_share and self.stage != "joint":

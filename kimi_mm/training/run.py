@@ -165,11 +165,13 @@ def _model(recipe: Recipe, config: ModelConfig, start: PublishedStart | None) ->
         return start.model(None if alone else torch.float32)
     model = Model(config)
     if recipe.init:
-        # A voice, eyes, or a branch that speaks, may be given to a model that had none.
+        # A voice, eyes, or a branch that speaks, may be given to a model that had none, or be left behind.
         speaks = ("detokenizer.", "backbone.audio.", "backbone.audio_head.")
         new = {"vision": ("vision.",), "speech": speaks, **dict.fromkeys(SPEECH_OUT, ("detokenizer.",))}
         new |= dict.fromkeys((*DOCUMENTS, "joint"), ("vision.", *speaks))
-        load_tensors(model, Path(recipe.init), optional=new.get(recipe.stage, ()))
+        left = load_tensors(model, Path(recipe.init), optional=new.get(recipe.stage, ()), spare=("vision.", *speaks))
+        if left:
+            log.info("%s: the model of this recipe has no %s, which are left out", recipe.init, ", ".join(left))
     return model
 
 

@@ -128,7 +128,7 @@ class Trainer:
         self.optimizer = make_optimizer(objective, recipe.optim, fused=device.type == "cuda")
         self.loaders = {"speech": speech, "text": text, "scenes": scenes, "documents": documents, **(spoken or {})}
         self.guard = Guard(recipe.guard)
-        graphs = recipe.cuda_graphs and device.type == "cuda" and self.parallel.world == 1
+        graphs = recipe.cuda_graphs and device.type == "cuda"
         self.meters = Meters(self.parallel.backbone, device, recipe.peak_tflops, hooks=not graphs)
         self.table = ConsoleTable()
         self.step = 0
@@ -136,6 +136,7 @@ class Trainer:
         self.stopped = False  # all processes stop after this step
         self.started = 0.0
         self.spent = 0.0  # seconds of training in earlier starts
+        self.clock = 0.0  # seconds of training up to this step, on which all processes agree
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -152,6 +153,7 @@ class Trainer:
             for name, loader in self.loaders.items()
             if loader is not None
         }
+        self.clock = self.spent
         self.stopped = self.finished
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _in_main_thread() else None
         curves = Curves(self.run) if self.parallel.main else None
@@ -226,10 +228,13 @@ class Trainer:
         return [*parts, numbers] if taken else []
 
     def _agree(self, origin: str, loss: torch.Tensor, norm: torch.Tensor) -> bool:
-        """Decides with all processes whether the step is taken, and whether it is the last: one wait for the device."""
-        stop = torch.full((), float(self.asked), device=loss.device)
-        loss, stop = self.parallel.mean(torch.stack([loss.float(), stop]))
-        mean_loss, size, stopped = torch.stack([loss, norm.float(), stop]).tolist()
+        """Decides with all processes whether the step is taken, whether it is the last, and what time it is.
+
+        The one wait for the device in a step.
+        """
+        own = torch.tensor([float(self.asked), self.seconds], device=loss.device)
+        means = self.parallel.mean(torch.cat([loss.float()[None], own]))
+        mean_loss, stopped, self.clock, size = torch.cat([means, norm.float()[None]]).tolist()
         self.stopped = self.stopped or stopped > 0
         return self.guard.passes(self.step, origin, mean_loss, size)
 
@@ -272,7 +277,7 @@ class Trainer:
         """Returns the step that the schedule is at; by the clock, where the recipe says so and that is further."""
         if not self.recipe.train_seconds or self.step < self.recipe.optim.warmup_steps:
             return self.step
-        return max(self.step, int(self.seconds / self.recipe.train_seconds * self.recipe.steps))
+        return max(self.step, int(self.clock / self.recipe.train_seconds * self.recipe.steps))
 
     @property
     def seconds(self) -> float:
@@ -282,7 +287,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the run is at its end: all its steps are taken, or its seconds spent."""
-        return self.step >= self.recipe.steps or 0 < self.recipe.train_seconds <= self.seconds
+        return self.step >= self.recipe.steps or 0 < self.recipe.train_seconds <= self.clock
 
     def whole_model(self, model: Model) -> Model | None:
         """Returns the trained model, whole and on the CPU, on the main process; None on others. All call this."""

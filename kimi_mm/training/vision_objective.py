@@ -5,10 +5,11 @@
 
 Answers alone teach a new tower next to nothing for a long time: the backbone guesses from the question, and what
 reaches the tower through it is noise. So every row has to say what it shows as well: its direction is compared with
-those of the embedded ids, and has to be nearest to the ids of the words for what its 28 x 28 pixels show ("shown").
+those of the embedded ids, and has to be nearest to the ids of the words for what its 28 x 28 pixels show ("shown");
+its length stays near theirs ("length"), or the backbone would see little else.
 
-With `freeze_backbone` only tower and projector learn, by gradients through a backbone that stays bit for bit as it was.
-Otherwise all of them do, and batches of speech and text (`speech_share`, `text_share`) keep the other abilities alive.
+With `freeze_backbone` only tower and projector learn, by gradients through a backbone that stays bit for bit as it was,
+or without it, several times as fast, where `answers_weight` is 0. Otherwise all of them do, and batches of speech and text (`speech_share`, `text_share`) keep the other abilities alive.
 
 Shapes: B rows, T positions, P patches, p pixels a side of a patch, M vision rows, S ids for what a row shows, D hidden
 size, L labels, V ids of text.
@@ -36,6 +37,20 @@ from kimi_mm.training.recipe import Recipe
 from kimi_mm.vision.encoder import Layout, VisionEncoder, kept_layout
 
 
+class _Seeing(nn.Module):
+    """Patches [P, 3, p, p] uint8 of pictures of fixed sizes to rows [M, D]."""
+
+    def __init__(self, vision: VisionEncoder, grids: tuple[Grid, ...]) -> None:
+        super().__init__()
+        self.vision, self.grids = vision, list(grids)
+        self.layout: Layout | None = None  # which a captured graph goes on reading
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        self.layout = kept_layout(tuple(self.grids), patches.device)
+        pixels = patches.float().div_(255.0).sub_(0.5).div_(0.5)
+        return torch.cat(self.vision(pixels, self.grids))
+
+
 class _Looking(nn.Module):
     """Patches [P, 3, p, p] uint8 of pictures of fixed sizes, ids [B, T], places [M] to hidden states [B, T, D].
 
@@ -44,15 +59,12 @@ class _Looking(nn.Module):
 
     def __init__(self, vision: VisionEncoder, backbone: Backbone, grids: tuple[Grid, ...]) -> None:
         super().__init__()
-        self.vision, self.backbone, self.grids = vision, backbone, list(grids)
-        self.layout: Layout | None = None  # which a captured graph goes on reading
+        self.seeing, self.backbone = _Seeing(vision, grids), backbone
 
     def forward(
         self, patches: torch.Tensor, text_ids: torch.Tensor, audio_ids: torch.Tensor, vision_at: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.layout = kept_layout(tuple(self.grids), patches.device)
-        pixels = patches.float().div_(255.0).sub_(0.5).div_(0.5)
-        rows = torch.cat(self.vision(pixels, self.grids))
+        rows = self.seeing(patches)
         x = self.backbone.embed(text_ids, audio_ids)
         x = x.flatten(0, 1).index_copy(0, vision_at, rows.to(x.dtype)).view_as(x)
         return self.backbone(x).text_hidden, rows
@@ -83,32 +95,50 @@ class VisionObjective(SpeechTextObjective):
         """Returns the losses of a batch of pictures, or of speech."""
         if not isinstance(batch, SceneBatch):
             return super().forward(batch, augmented)
+        answers, shown = self.recipe.answers_weight, self.recipe.shown_weight
         if batch.grids not in self._looking:
-            module = _Looking(self.vision, self.backbone, batch.grids)
+            module = _Looking(self.vision, self.backbone, batch.grids) if answers else _Seeing(self.vision, batch.grids)
             self._looking[batch.grids] = Graphed(module, self.recipe.cuda_graphs)
-        hidden, rows = self._looking[batch.grids](batch.patches, batch.text_ids, batch.audio_ids, batch.vision_at)
-        picked = hidden.flatten(0, 1).index_select(0, batch.positions)
-        loss = cross_entropy(self.backbone, picked, batch.labels, self.recipe.label_smoothing)
-        losses = {"answers": loss}
-        if self.recipe.shown_weight:
-            words = self.backbone.embed_tokens.weight[: self.config.vocab.num_text_tokens]
+        look, losses = self._looking[batch.grids], {}
+        loss = torch.zeros((), device=batch.patches.device)
+        if answers:
+            hidden, rows = look(batch.patches, batch.text_ids, batch.audio_ids, batch.vision_at)
+            picked = hidden.flatten(0, 1).index_select(0, batch.positions)
+            losses["answers"] = cross_entropy(self.backbone, picked, batch.labels, self.recipe.label_smoothing)
+            loss = loss + answers * losses["answers"]
+        else:
+            rows = look(batch.patches)
+        if shown:
+            words = self.backbone.embed_tokens.weight[: self.config.vocab.num_text_tokens].detach()
             losses["shown"] = shown_loss(rows, words, self.sharpness.exp(), batch.shown)
-            loss = loss + self.recipe.shown_weight * losses["shown"]
+            losses["length"] = length_loss(rows, words)
+            loss = loss + shown * (losses["shown"] + losses["length"])
         return {"loss": loss, **losses}
 
 
 def shown_loss(rows: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
     """Returns the mean cross-entropy of what rows show, uniform over the ids of a row, given their directions.
 
+    Most rows show the background. What n rows of the batch begin with, in ids, counts as sqrt(n) of them.
+
     Args:
         rows: [M, D] of the eyes.
-        words: [V, D] embedded ids of text; they take no gradient.
+        words: [V, D] embedded ids of text.
         scale: [] that cosines are multiplied by.
         shown: [M, S] ids, IGNORE behind; rows without any do not count.
     """
     with without_autocast(rows.device):
-        cosines = F.normalize(rows.float(), dim=-1) @ F.normalize(words.detach().float(), dim=-1).T
+        cosines = F.normalize(rows.float(), dim=-1) @ F.normalize(words.float(), dim=-1).T
         logits = (scale * cosines).log_softmax(-1)
         real = shown != IGNORE
         chosen = logits.gather(1, shown.clamp(min=0)) * real
-        return -(chosen.sum(1) / real.sum(1).clamp(min=1)).sum() / real[:, 0].sum().clamp(min=1)
+        first, counts = shown[:, 0].clamp(min=0), logits.new_zeros(len(words))
+        counts.scatter_add_(0, first, real[:, 0].float())
+        weight = counts[first].clamp(min=1).rsqrt() * real[:, 0]
+        return -(weight * chosen.sum(1) / real.sum(1).clamp(min=1)).sum() / weight.sum().clamp(min=1e-6)
+
+
+def length_loss(rows: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Returns the mean squared log of lengths, rows [M, D] over embedded ids [V, D] on average: a factor e costs 1."""
+    lengths = rows.float().square().sum(-1).clamp_min(1e-12).log() / 2
+    return (lengths - words.float().norm(dim=-1).mean().log()).square().mean()

@@ -172,6 +172,27 @@ def test_two_gpus_take_what_can_start(tmp_path, monkeypatch):
     assert "missing.json" in (tmp_path / "d.log").read_text()
 
 
+def test_a_stage_over_two_gpus(tmp_path, monkeypatch):
+    """Two processes that train together, on the CPU; a stage behind them in the file waits for its GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, texts = write_debug_data(tmp_path / "data")
+    overrides = ["steps=1000", *small("text/nano"), f"text.path={texts}"]
+    stages = [
+        {"name": name, "recipe": "text/nano", "seconds": 1.0, "gpus": gpus, "overrides": overrides}
+        for name, gpus in (("a", 1), ("b", 2), ("c", 1))
+    ]
+    sitting = {"name": "s", "minutes": 2, "gpus": 2, "stages": stages}
+    said = []
+    assert run_chain(ChainConfig.from_dict({"sittings": [sitting]}), tmp_path, say=said.append)
+    trained = [line.partition(" on GPU ")[2] for line in said if line.startswith("train")]
+    assert trained[:2] == ["0", "0, 1"]
+    assert said.index("a: done") < said.index("b: done") < said.index("c: done")
+    assert "step" in (tmp_path / "b.log").read_text()
+    with pytest.raises(ConfigError, match="gpus of a stage must be from 1 to 1"):
+        ChainConfig.from_dict({"sittings": [{**sitting, "gpus": 1}]})
+
+
 def small(recipe: str) -> list[str]:
     """The debug size of a recipe as overrides."""
     values = yaml.safe_load((recipes_root() / f"{recipe}.yaml").read_text())["debug"]

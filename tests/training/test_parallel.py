@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -54,6 +55,24 @@ def test_same_losses_as_one_process(ranks, optimizer, parallel, alone, tmp_path)
     overrides = (f"parallel={parallel}", f"optim.optimizer={optimizer}", CLIP)
     for logged in together(ranks, spread.losses, tmp_path, *overrides):
         assert_same(logged, alone(optimizer))
+
+
+@pytest.mark.parametrize("recipe", ["text/nano", "joint/nano"])
+def test_gradients_that_graphs_write_are_averaged_as_well(recipe, tmp_path):
+    """On the CPU nothing is captured, but gradients travel as they do where it is."""
+    want = spread.losses(tmp_path / "alone", *spread.PAIR, recipe=recipe)
+    overrides = (*spread.PAIR, "cuda_graphs=true")
+    task = partial(spread.losses, recipe=recipe)
+    for logged in together(2, task, tmp_path / "spread", *overrides):
+        assert_same(logged, want)
+
+
+def test_processes_agree_on_the_time(tmp_path):
+    """The run ends by its clock, at the same step everywhere, and rates were the same."""
+    overrides = ("steps=100000", "train_seconds=3", "save_every=100000", "gradient_accumulation=2")
+    first, second = together(2, spread.losses, tmp_path, *overrides)
+    assert 3 < len(first) < 10_000
+    assert first == second
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux names them")
@@ -142,7 +161,8 @@ def test_processes_killed_while_saving(alone, tmp_path):
         (["gradient_accumulation=3"], "multiple of 2"),
         (["parallel.expert=3"], "parallel.expert=3 does not divide"),
         (["parallel={context: 2}", "text.row_tokens=33"], "33 positions"),
-        (["train_seconds=100"], "train_seconds"),
+        (["cuda_graphs=true"], "set gradient_accumulation=2, or cuda_graphs=false"),
+        (["cuda_graphs=true", "parallel={data: fsdp}"], "only with parallel.data=ddp"),
     ],
 )
 def test_what_cannot_be_spread_is_said(overrides, named, tmp_path):
