@@ -111,7 +111,7 @@ def beam_search(
     vocab, device, count = model.config.vocab, inputs.text_ids.device, len(inputs.lengths)
     eos, blank = vocab.special("text_eos"), vocab.special("text_blank")
     searches = [_Search(limit, beams, length_power) for limit in budgets]
-    cache = model.backbone.new_cache(count, device=device, dtype=model.backbone.embed_tokens.weight.dtype)
+    cache = model.backbone.new_cache(count, device=device, audio=False)
     hidden = model(inputs, cache).text_hidden
     hidden = hidden[torch.arange(count, device=device), inputs.lengths.to(device) - 1][:, None]
     for search in searches:

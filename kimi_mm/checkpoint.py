@@ -5,8 +5,9 @@
     DIR/model-00001-of-0000N.safetensors ...  weights, at most `shard_bytes` a file
     DIR/model.safetensors.index.json          tensor name -> file
 
-Matrices may be stored as int8 with one fp16 scale per output row: `NAME` int8 [R, C] and `NAME.scale` [R];
-stacks of matrices [E, R, C] have scales [E, R].
+Matrices may be stored as int8 with one fp16 scale per output row: `NAME` int8 [R, C] and `NAME.scale` [R]; or in six
+bits with one for each `GROUP` columns: `NAME` uint8 [R, C * 6 / 8] and `NAME.scale` [R, C / GROUP]. Stacks of matrices
+have E in front of both.
 Everything is written aside and renamed, the index last, so that a half-written checkpoint is never taken for one.
 """
 
@@ -28,7 +29,8 @@ from kimi_mm.model import Model
 from kimi_mm.text.tokenizer import TextTokenizer
 
 INDEX = "model.safetensors.index.json"
-FORMATS = ("fp32", "fp16", "int8")
+FORMATS = ("fp32", "fp16", "int8", "int6")
+GROUP = 64  # columns that share a scale in six bits
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Only training needs the moving averages of the codebook; a loaded model starts them from the codebook.
 _TRAINING_ONLY = ("quantizer.ema_count", "quantizer.ema_sum")
@@ -47,8 +49,9 @@ def save_checkpoint(
 
     Args:
         path: folder, made if missing.
-        weights: "fp32", "fp16", or "int8" (matrices by row, the rest fp16). Parameters whose range matters more than
-            their size (decays, norms, codebook) stay fp32.
+        weights: "fp32", "fp16", "int8" (matrices by row, the rest fp16), or "int6" (matrices by group of columns,
+            those that cannot be cut into groups as int8, the rest fp16). Parameters whose range matters more than their
+            size (decays, norms, codebook) stay fp32.
         shard_bytes: largest size of one weight file.
     """
     if weights not in FORMATS:
@@ -66,7 +69,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], shard_bytes: int 
     room = shard_bytes
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        if size > room and shards[-1]:
+        if size > room and shards[-1] and not name.endswith(".scale"):  # which stays with what it scales
             shards.append({})
             room = shard_bytes
         shards[-1][name] = tensor
@@ -198,7 +201,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
                     tensor = shard.get_tensor(name)
                     if f"{name}.scale" in names:
                         scale = shard.get_tensor(f"{name}.scale").float()
-                        tensor = tensor.float() * scale[(...,) + (None,) * (tensor.dim() - scale.dim())]
+                        if tensor.dtype == torch.uint8:
+                            tensor = expand_groups(tensor, scale)
+                        else:
+                            tensor = tensor.float() * scale[(...,) + (None,) * (tensor.dim() - scale.dim())]
                     yield name, tensor, path / file
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path / file}: damaged or missing ({error}).") from None
@@ -220,6 +226,39 @@ def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.reshape(tensor.shape), scale
 
 
+def quantize_groups(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric six bits by group of columns, each with the scale of least squared error among a few.
+
+    Args:
+        tensor: [..., C], C a multiple of `GROUP`.
+
+    Returns:
+        Four values in three bytes, uint8 [..., C * 6 / 8], and fp16 scales [..., C / GROUP].
+    """
+    groups = tensor.float().unflatten(-1, (-1, GROUP))
+    peak = groups.abs().amax(-1, keepdim=True)
+    least = torch.full_like(peak, torch.inf)
+    values, scale = torch.zeros_like(groups), torch.zeros_like(peak)
+    for clipped in (1.0, 0.93, 0.86, 0.8, 0.74, 0.68):  # the largest value costs the others less when it is cut
+        tried = (peak * clipped / 31).clamp_min(1e-7).half().float()
+        rounded = (groups / tried).round().clamp(-31, 31)
+        error = (rounded * tried - groups).square().sum(-1, keepdim=True)
+        better = error < least
+        least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
+        values = torch.where(better, rounded, values)
+    a, b, c, d = (values.flatten(-2) + 32).to(torch.uint8).unflatten(-1, (-1, 4)).unbind(-1)
+    three = torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], -1)
+    return three.flatten(-2), scale.squeeze(-1).half()
+
+
+def expand_groups(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Undoes `quantize_groups`, but for rounding: uint8 [..., C * 6 / 8], scales [..., C / GROUP] to fp32 [..., C]."""
+    a, b, c = packed.unflatten(-1, (-1, 3)).unbind(-1)
+    values = torch.stack([a & 63, (a >> 6 | b << 2) & 63, (b >> 4 | c << 4) & 63, c >> 2], -1)
+    groups = values.flatten(-2).float().sub_(32.0).unflatten(-1, (-1, GROUP))
+    return groups.mul_(scale.float()[..., None]).flatten(-2)
+
+
 def _encode(state: dict[str, torch.Tensor], weights: str) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in state.items():
         if name.endswith(_TRAINING_ONLY):
@@ -228,8 +267,9 @@ def _encode(state: dict[str, torch.Tensor], weights: str) -> Iterator[tuple[str,
         plain = weights == "fp32" or not tensor.is_floating_point() or any(part in name for part in _SENSITIVE)
         if plain:
             yield name, tensor
-        elif weights == "int8" and tensor.dim() >= 2 and tensor.shape[0] > 1:
-            values, scale = quantize_rows(tensor)
+        elif weights in ("int8", "int6") and tensor.dim() >= 2 and tensor.shape[0] > 1:
+            grouped = weights == "int6" and tensor.dim() <= 3 and tensor.shape[-1] % GROUP == 0
+            values, scale = quantize_groups(tensor) if grouped else quantize_rows(tensor)
             yield name, values
             yield f"{name}.scale", scale
         else:

@@ -64,7 +64,7 @@ def generate_text(
     eos, blank = vocab.special("text_eos"), vocab.special("text_blank")
     limits = [min(limit, sampling.max_tokens) for limit in (budgets or [sampling.max_tokens] * batch)]
     device = inputs.text_ids.device
-    cache = model.backbone.new_cache(batch, device=device, dtype=model.backbone.embed_tokens.weight.dtype)
+    cache = model.backbone.new_cache(batch, device=device, audio=False)
     hidden = model(inputs, cache).text_hidden
     hidden = hidden[torch.arange(batch, device=device), inputs.lengths.to(device) - 1][:, None]
 
@@ -123,7 +123,7 @@ def stream_text(
     sampling = sampling or TextSampling()
     vocab, tokens = model.config.vocab, []
     eos, blank = vocab.special("text_eos"), vocab.special("text_blank")
-    cache = model.backbone.new_cache(1, device=inputs.text_ids.device, dtype=model.backbone.embed_tokens.weight.dtype)
+    cache = model.backbone.new_cache(1, device=inputs.text_ids.device, audio=False)
     hidden = model(inputs, cache).text_hidden[:, int(inputs.lengths[0]) - 1, None]
     steps = Steps(model, cache, room=sampling.max_tokens)
     try:

@@ -258,7 +258,7 @@ class TwoStreams:
         model, inputs, device = self.model, self.inputs, self.inputs.text_ids.device
         batch = len(inputs.lengths)
         alive = [row for row in self._rows if not row.result.done]
-        cache = model.backbone.new_cache(batch, device=device, dtype=model.backbone.embed_tokens.weight.dtype)
+        cache = model.backbone.new_cache(batch, device=device)
         output = model(inputs, cache)
         last = torch.arange(batch, device=device), inputs.lengths.to(device) - 1
         text_hidden, audio_hidden = output.text_hidden[last], _there(output.audio_hidden)[last]

@@ -31,7 +31,7 @@ from kimi_mm.vision.encoder import VisionEncoder
 
 @dataclass
 class ModelOutput:
-    """Hidden states after the final norm of each branch, [B, T, D]; `audio_hidden` is None without an audio branch."""
+    """Hidden states after the final norm of each branch, [B, T, D]; `audio_hidden` None where it did not run."""
 
     text_hidden: torch.Tensor
     audio_hidden: torch.Tensor | None

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 
-from kimi_mm.checkpoint import INDEX, join_checkpoints, load_checkpoint, quantize_rows, save_checkpoint
+from kimi_mm.checkpoint import (
+    INDEX,
+    expand_groups,
+    join_checkpoints,
+    load_checkpoint,
+    quantize_groups,
+    quantize_rows,
+    save_checkpoint,
+)
 from kimi_mm.config import ModelConfig
 from kimi_mm.errors import CheckpointError
 from kimi_mm.model import Model
@@ -24,7 +32,7 @@ def tokenizer():
     return TextTokenizer.train(["one two three"] * 3, 300)
 
 
-@pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 1e-2)])
+@pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 1e-2), ("int6", 6e-2)])
 def test_round_trip(model, tokenizer, tmp_path, weights, tolerance):
     save_checkpoint(tmp_path, model, tokenizer, weights=weights, shard_bytes=50_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -54,6 +62,35 @@ def test_quantised_rows_are_within_half_a_step():
         assert values.dtype == torch.int8
         # fp16 scales move the grid by up to 2^-11 of 127 steps.
         assert ((values.float() * step - tensor).abs() <= 0.57 * step).all()
+
+
+def test_six_bits_are_within_half_a_step_unless_clipping_is_better():
+    for shape in [(7, 64), (3, 5, 128)]:
+        tensor = torch.randn(shape)
+        tensor[..., 0] = 9.0  # far out: cutting it costs less than coarse steps for 63 others
+        packed, scale = quantize_groups(tensor)
+        assert packed.dtype == torch.uint8
+        assert packed.shape == (*shape[:-1], shape[-1] * 6 // 8)
+        assert scale.shape == (*shape[:-1], shape[-1] // 64)
+        again = expand_groups(packed, scale)
+        step = scale.float().repeat_interleave(64, -1)
+        inside = tensor.abs() <= 31.4 * step
+        assert ((again - tensor).abs() <= 0.52 * step)[inside].all()
+        assert torch.equal(again[~inside], (31 * step * tensor.sign())[~inside])
+        plain = (tensor / (9.0 / 31)).round() * (9.0 / 31)
+        assert (again - tensor).square().mean() <= (plain - tensor).square().mean()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int6"])
+def test_scales_stay_with_what_they_scale(model, tokenizer, tmp_path, weights):
+    """However the files are cut."""
+    for size in (3_000, 20_000, 21_111):
+        save_checkpoint(tmp_path, model, tokenizer, weights=weights, shard_bytes=size)
+        index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+        scales = [name for name in index if name.endswith(".scale")]
+        assert scales
+        assert all(index[name] == index[name.removesuffix(".scale")] for name in scales)
+        load_checkpoint(tmp_path)
 
 
 def test_parts_trained_apart_are_joined(tokenizer, tmp_path):

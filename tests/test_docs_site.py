@@ -42,7 +42,7 @@ def test_every_page_is_there(site):
         assert (site / page.stem / "index.html").is_file(), page
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         assert (site / recipe.relative_to(ROOT).with_suffix("") / "index.html").is_file(), recipe
-    assert "transcribes on two CPU cores" in text(site / "index.html")
+    assert "on two CPU cores and offline it transcribes" in text(site / "index.html")
     assert "WER %" in text(site / "kimi_mm/pretrained/nano/index.html")
 
 

@@ -267,5 +267,5 @@ def test_bad_settings(processor):
     with pytest.raises(UserError, match="budgets"):
         SpeechSampling(max_audio_codes=-1)
     mute = Model(ModelConfig.from_yaml(recipes_root() / "models" / "debug.yaml"))
-    with pytest.raises(UserError, match="no voice"):
+    with pytest.raises(UserError, match="does not speak"):
         TwoStreams(mute, processor.collate([processor.streams([])], [[]]))

@@ -1,6 +1,7 @@
 """`kimi-mm demo`: the shipped recordings of a real speaker, transcribed by the shipped model, and a picture.
 
-A model with a voice also says a sentence and speaks one of the recordings again: two WAV files and their spectrograms.
+A model with eyes also answers the questions about the shipped pictures. One with a voice says a sentence and speaks one
+of the recordings again: two WAV files and their spectrograms.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from kimi_mm.types import Transcript
 
 CLIPS = Path(__file__).resolve().parents[1] / "pretrained" / "demo"
+PICTURES = CLIPS / "pictures"
 PICTURE = "transcript.png"
 SENTENCE = "Hello. I can hear you, and this is my voice."
-SAID, SPOKEN_AGAIN, SPEECH_PICTURE = "say.wav", "resynth.wav", "speech.png"
+SAID, SPOKEN_AGAIN, SPEECH_PICTURE, ANSWERS_PICTURE = "say.wav", "resynth.wav", "speech.png", "answers.png"
 
 
 def demo(
@@ -34,7 +36,7 @@ def demo(
     model: Annotated[str, typer.Option(help="A shipped model's name or a checkpoint folder.")] = "nano",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Transcribe the shipped recordings and draw what the model makes of one; speak, if the model has a voice."""
+    """Transcribe the shipped recordings, draw what the model makes of one; see and speak, if the model can."""
     clips = read_clips()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -68,6 +70,9 @@ def demo(
     shown = max(clips, key=lambda clip: -abs(clip["seconds"] - 6.0))
     draw_clip(engine, shown, output / PICTURE)
     print(f"picture: {output / PICTURE}")
+    if engine.model.vision is not None:
+        for line in answer_questions(engine, output):
+            print(line)
     if engine.model.detokenizer is not None:
         for line in speak_clip(engine, shown, output):
             print(line)
@@ -114,6 +119,33 @@ def draw_clip(engine: KimiMM, clip: dict[str, Any], path: Path) -> Transcript:
         caption=f"said: {clip['text']}",
     )
     return transcript
+
+
+def answer_questions(engine: KimiMM, output: Path) -> list[str]:
+    """Answers the questions about the shipped pictures, and draws pictures and answers.
+
+    Returns:
+        A line for each question, how many answers are right, and where the drawing is.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from kimi_mm.data.scene_sets import read_set
+    from kimi_mm.evaluation.picture import draw_answers
+    from kimi_mm.evaluation.vision import Judge, answer_all
+
+    judge = Judge()
+    results = answer_all(lambda path, question: engine.describe(path, question), read_set(PICTURES))
+    lines, drawn = ["\nquestions about pictures"], []
+    for done in results:
+        right = judge.right(done.question, done.said)
+        mark = "right" if right else f"wrong: {done.question.answer}"
+        lines.append(f"  {done.picture}  {done.question.text}  {done.said}  ({mark}; {done.elapsed:.1f} s)")
+        with Image.open(PICTURES / done.picture) as picture:
+            drawn.append((np.asarray(picture.convert("RGB")), done.question.text, done.said, right))
+    draw_answers(output / ANSWERS_PICTURE, drawn, "questions about pictures, and the model's answers")
+    count = sum(right for *_, right in drawn)
+    return [*lines, f"{count} of {len(drawn)} answers right", f"picture: {output / ANSWERS_PICTURE}"]
 
 
 def speak_clip(engine: KimiMM, clip: dict[str, Any], output: Path) -> list[str]:

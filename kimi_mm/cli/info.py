@@ -105,9 +105,15 @@ def _shapes(file: Path) -> dict[str, list[int]]:
             if length > file.stat().st_size:
                 raise ValueError("header longer than the file")
             header = json.loads(stream.read(length))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: _whole(entry) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged, not a safetensors file ({error}).") from None
+
+
+def _whole(entry: dict) -> list[int]:
+    """The shape of a tensor; of one in six bits, that of its values."""
+    *lead, last = entry["shape"] or [1]
+    return [*lead, last * 8 // 6] if entry["dtype"] == "U8" else entry["shape"]
 
 
 def _product(shape: list[int]) -> int:

@@ -1,8 +1,9 @@
-"""Pictures of what a model hears (waveform, log-mel, codes and text of a recording) and of what it says."""
+"""Pictures of what a model hears (waveform, log-mel, codes and text of a recording), says, and sees."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,38 @@ def draw_speech(path: Path, spoken: dict[str, np.ndarray], frame_rate: float, ti
         axis.set_ylabel("mel bin")
     axes[-1, 0].set_xlim(0, max(len(mel) for mel in spoken.values()) / frame_rate)
     axes[-1, 0].set_xlabel("seconds")
+    _write(figure, path)
+
+
+def draw_answers(
+    path: Path, answered: Sequence[tuple[np.ndarray, str, str, bool]], title: str, columns: int = 4
+) -> None:
+    """Draws pictures with the answers to questions about them into a PNG file, written aside and renamed.
+
+    Args:
+        path: the picture; its folder is made if missing.
+        answered: picture [H, W, 3], question, answer, and whether it is right.
+        title: above all.
+        columns: pictures in a row.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(answered) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3 * columns, 3.3 * rows + 0.5), squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (picture, question, answer, right) in zip(axes.flat, answered, strict=False):
+        axis.imshow(picture)
+        axis.set_title(textwrap.fill(question, 34), fontsize=10)
+        text = textwrap.fill(textwrap.shorten(answer, 90), 34)
+        color = "#276749" if right else "#c53030"
+        axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=10, color=color)
     _write(figure, path)
 
 

@@ -37,7 +37,7 @@ from kimi_mm.text.norm import RMSNorm
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """Hidden states after the final norms; `audio_hidden` is None without an audio head."""
+    """Hidden states after the final norms; `audio_hidden` is None where the audio branch is missing or not run."""
 
     text_hidden: Tensor  # [B, T, D]
     audio_hidden: Tensor | None  # [B, T, D]
@@ -197,7 +197,7 @@ class Backbone(nn.Module):
             positions: [B, T] int64 for rotary layers; None counts on from the cache, or restarts at each sequence.
             lengths: [B] int64, valid tokens of right-padded rows; outputs past them are meaningless.
             cu_seqlens: [N + 1] int, sequences packed into one row; excludes a cache.
-            cache: from `new_cache`; read and advanced in place.
+            cache: from `new_cache`; read and advanced in place. With one for text alone the audio branch does not run.
 
         Raises:
             ValueError: if the options contradict each other or the cache belongs to another batch size.
@@ -213,7 +213,7 @@ class Backbone(nn.Module):
         audio_stream = stream.fork()
         text_hidden = self.text(stream, step, None if states is None else states[middle:end])
         audio_hidden = None
-        if self.audio is not None:
+        if self.audio is not None and (states is None or len(states) > end):
             audio_hidden = self.audio(audio_stream, step, None if states is None else states[end:])
         if cache is not None:
             cache.advance(inputs_embeds.shape[1], lengths)
@@ -231,12 +231,22 @@ class Backbone(nn.Module):
         return F.linear(hidden, self.embed_tokens.weight) if self.audio_head is None else self.audio_head(hidden)
 
     def new_cache(
-        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        audio: bool = True,
     ) -> BackboneCache:
-        """Returns an empty cache; dtype and device default to those of the embedding table."""
+        """Returns an empty cache; dtype and device default to those of the embedding table.
+
+        With `audio` False it is for text alone: it holds nothing for the audio branch, which then does not run.
+        """
         dtype = dtype or self.embed_tokens.weight.dtype
         device = torch.device(device) if device is not None else self.embed_tokens.weight.device
-        layers: list[LayerState] = [layer.mixer.new_state(batch_size, dtype, device) for layer in self.decoder_layers()]
+        end = len(self.trunk) + len(self.text.layers)
+        wanted = self.decoder_layers() if audio else self.decoder_layers()[:end]
+        layers: list[LayerState] = [layer.mixer.new_state(batch_size, dtype, device) for layer in wanted]
         return BackboneCache(layers, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def decoder_layers(self) -> list[DecoderLayer]:

@@ -382,13 +382,14 @@ class Beside:
     """Preparation that goes on in processes of its own; at the end of the `with` block what still runs is stopped.
 
     Args:
-        calls: of `kimi-mm prepare`, done one after the other; each can be given again.
+        calls: of `kimi-mm prepare`, done one after the other; each can be given again, but is not where it is noted
+            in the folder of what it makes that it came to its end.
         data: folder that they write to.
     """
 
     def __init__(self, calls: Sequence[str], data: Path = DATA) -> None:
         self.data = data
-        self._calls = list(calls)  # that have not ended; the first runs
+        self._calls = [call for call in calls if not self._ended(call)]  # the first runs
         self._running: subprocess.Popen | None = None
 
     def __enter__(self) -> Beside:
@@ -420,10 +421,19 @@ class Beside:
             if code:
                 self._calls = []
                 raise UserError(f"prepare {call}: failed; what it said stands above.")
+            if self._note(call).parent.is_dir():
+                write_aside(self._note(call), call.encode())
         if self._calls:
             processes = max(1, (os.cpu_count() or 1) - 2)
             command = ["nice", *_command(self._calls[0], self.data), "--processes", str(processes)]
             self._running = subprocess.Popen(command, start_new_session=True)
+
+    def _note(self, call: str) -> Path:
+        return self.data / call.split()[0] / "call.txt"
+
+    def _ended(self, call: str) -> bool:
+        note = self._note(call)
+        return note.is_file() and note.read_text(encoding="utf-8") == call
 
     def _lacks(self, call: str, shards: int) -> bool:
         found = len(list((self.data / call.split()[0]).glob("*-[0-9]*.jsonl"))) if shards else 0

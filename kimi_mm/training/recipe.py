@@ -130,7 +130,7 @@ class Recipe(Config):
             codes always is.
         lora: the stages on documents train adapters in the backbone instead of its weights; null trains the weights.
         peak_tflops: dense bf16 peak of the device that MFU is a share of; 0 knows it for common GPUs by their names.
-        weights: format of the model that is written at the end, "fp32", "fp16" or "int8".
+        weights: format of the model that is written at the end, "fp32", "fp16", "int8" or "int6".
     """
 
     stage: str
@@ -195,8 +195,8 @@ class Recipe(Config):
         spread = self.parallel
         if self.cuda_graphs and (spread.data != "ddp" or max(spread.expert, spread.context) > 1):
             raise ConfigError("cuda_graphs: only with parallel.data=ddp, and with expert=1 and context=1; choose one.")
-        if self.weights not in ("fp32", "fp16", "int8"):
-            raise ConfigError(f"weights='{self.weights}' must be fp32, fp16 or int8.")
+        if self.weights not in ("fp32", "fp16", "int8", "int6"):
+            raise ConfigError(f"weights='{self.weights}' must be fp32, fp16, int8 or int6.")
         if self.freeze_backbone and (self.stage != "vision" or self.text_share or self.speech_share):
             raise ConfigError("freeze_backbone: for the vision stage with text_share and speech_share 0 only.")
         if min(self.answers_weight, self.shown_weight) < 0 or not (self.answers_weight or self.shown_weight):

@@ -9,7 +9,8 @@ those of the embedded ids, and has to be nearest to the ids of the words for wha
 its length stays near theirs ("length"), or the backbone would see little else.
 
 With `freeze_backbone` only tower and projector learn, by gradients through a backbone that stays bit for bit as it was,
-or without it, several times as fast, where `answers_weight` is 0. Otherwise all of them do, and batches of speech and text (`speech_share`, `text_share`) keep the other abilities alive.
+or without it, several times as fast, where `answers_weight` is 0. Otherwise all of them do, and batches of speech and
+text (`speech_share`, `text_share`) keep the other abilities alive.
 
 Shapes: B rows, T positions, P patches, p pixels a side of a patch, M vision rows, S ids for what a row shows, D hidden
 size, L labels, V ids of text.

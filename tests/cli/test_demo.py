@@ -25,7 +25,11 @@ def test_demo_prints_scores_and_draws(kimi, tmp_path):
     with Image.open(tmp_path / "new" / "transcript.png") as picture:
         assert picture.width >= 1000
         assert len(picture.convert("RGB").getcolors(2**20) or range(999)) > 200
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["resynth.wav", "speech.png", "transcript.png"]
+    answers = re.search(r"(\d) of 8 answers right", result.out)
+    assert answers is not None
+    assert int(answers[1]) >= 4
+    names = ["answers.png", "resynth.wav", "say.wav", "speech.png", "transcript.png"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
 
 
 def test_demo_refuses_a_place_it_cannot_write_before_working(kimi, tmp_path):

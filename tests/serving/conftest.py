@@ -113,6 +113,14 @@ def nano(tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def hearing(ears, tmp_path_factory) -> Iterator[Server]:
+    """Serves a model that only hears."""
+    server = start(tmp_path_factory.mktemp("hearing"), ears)
+    yield server
+    stop(server)
+
+
+@pytest.fixture(scope="session")
 def able() -> KimiMM:
     """A tiny untrained model that hears, sees and speaks."""
     torch.manual_seed(1)

@@ -130,12 +130,12 @@ def test_many_at_once_are_not_mixed_up(tiny):
         assert list(pool.map(one, texts * 2)) == [one(text) for text in texts] * 2
 
 
-def test_what_a_model_lacks(nano):
+def test_what_a_model_lacks(hearing):
     with pytest.raises(openai.BadRequestError, match="has no eyes") as caught:
-        ask(nano, user(picture()))
+        ask(hearing, user(picture()))
     assert caught.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="does not speak"):
-        ask(nano, modalities=["text", "audio"], audio={"voice": "alloy", "format": "wav"})
+        ask(hearing, modalities=["text", "audio"], audio={"voice": "alloy", "format": "wav"})
 
 
 @pytest.mark.parametrize(

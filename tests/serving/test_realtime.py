@@ -167,9 +167,9 @@ def test_turns_are_tokenized_while_they_are_said(able, piece):
     assert early > 4
 
 
-def test_nano_hears_a_turn_and_answers_it(nano):
-    with talk(nano) as session:
-        session.update(audio={"input": {"transcription": {"model": "nano"}}})
+def test_a_turn_is_heard_and_answered_in_writing(hearing):
+    with talk(hearing) as session:
+        session.update(audio={"input": {"transcription": {"model": "ears"}}})
         session.say(np.concatenate([quiet(0.5), speech(), quiet(1.0)]))
         done = session.until("response.done").response
         if not session.of("conversation.item.input_audio_transcription.completed"):
@@ -198,8 +198,20 @@ def test_nano_hears_a_turn_and_answers_it(nano):
     assert len({event.event_id for event in session.events}) == len(session.events)
 
 
-def test_speech_of_a_model_without_a_voice_is_refused_and_the_session_goes_on(nano):
+def test_nano_hears_a_turn_and_answers_aloud(nano):
     with talk(nano) as session:
+        assert session.events[0].session.output_modalities == ["audio"]
+        session.say(np.concatenate([quiet(0.5), speech(), quiet(1.0)]))
+        done = session.until("response.done").response
+    assert (done.status, done.output_modalities) == ("completed", ["audio"])
+    assert done.output[0].content[0].transcript
+    sound = b"".join(base64.b64decode(event.delta) for event in session.of("response.output_audio.delta"))
+    assert len(sound) > 0.3 * 2 * RATE
+    assert np.frombuffer(sound, "<i2").any()
+
+
+def test_speech_of_a_model_without_a_voice_is_refused_and_the_session_goes_on(hearing):
+    with talk(hearing) as session:
         assert session.events[0].session.output_modalities == ["text"]
         session.connection.session.update(session={"type": "realtime", "output_modalities": ["audio"]})
         error = session.connection.recv()

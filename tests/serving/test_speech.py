@@ -69,6 +69,6 @@ def test_bad_requests(tiny, form, text, options, words):
         say(tiny, form, text, **options)
 
 
-def test_a_model_without_a_voice_says_so(nano):
+def test_a_model_without_a_voice_says_so(hearing):
     with pytest.raises(openai.BadRequestError, match="does not speak"):
-        say(nano, "wav")
+        say(hearing, "wav")

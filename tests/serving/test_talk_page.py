@@ -16,8 +16,8 @@ def answered(browser: Browser) -> None:
     browser.until(lambda: browser.all(".line.model .words:not(.waiting)"), 30)
 
 
-def test_a_turn_is_heard_and_answered_in_writing(browser, nano):
-    browser.open(f"{nano.url}/talk", 360, 740, dark=True)
+def test_a_turn_is_heard_and_answered_in_writing(browser, hearing):
+    browser.open(f"{hearing.url}/talk", 360, 740, dark=True)
     browser.ready()
     assert browser.overflow() == 0
     assert "in writing" in browser.at("#lead").text
@@ -35,7 +35,7 @@ def test_a_turn_is_heard_and_answered_in_writing(browser, nano):
     assert browser.overflow() == 0
     browser.at("#record").click()
     assert browser.at("#state").text == "Not started"
-    nano.wait_until("kimi_mm_sessions", 0)
+    hearing.wait_until("kimi_mm_sessions", 0)
     browser.at("#clear").click()
     assert not browser.all(".line")
     assert browser.at("#nothing").is_displayed()

@@ -129,6 +129,11 @@ def test_preparation_beside_training_is_waited_for(tmp_path):
         assert (tmp_path / "programs" / "train.jsonl").exists()
         with pytest.raises(UserError, match="prepare nonsense: failed"):
             beside.wait({"nonsense": 0}, 120.0)
+    with Beside(["programs --count 2"], tmp_path) as beside:  # noted that it is done
+        assert beside._running is None
+        assert beside.has({"programs": 0})
+    with Beside(["programs --count 3"], tmp_path) as beside:
+        assert not beside.has({"programs": 0})
 
 
 def test_preparation_beside_training_ends_with_the_sitting(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from kimi_mm.training.vision_objective import length_loss, shown_loss
 
 
 def test_shown_is_the_entropy_of_ids_with_rare_ones_as_heavy_as_their_root():
-    """Four rows begin with id 1, one with id 2 (and 3), one shows nothing: the fifth weighs half as much as the four."""
+    """Four rows begin with id 1, one with id 2, one shows nothing: the fifth weighs half as much as the four."""
     torch.manual_seed(0)
     rows = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     words = torch.randn(5, 8, dtype=torch.float64)

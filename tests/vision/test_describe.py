@@ -104,11 +104,10 @@ def test_bad_pictures(describe, tmp_path):
     assert describe("-", "-").code == 2
 
 
-def test_checkpoint_without_eyes(describe):
-    result = describe("red.png", model="nano")
-    if not result.code:
-        pytest.skip("the shipped model has eyes by now")
-    assert result.complaints == ["kimi-mm: model 'nano' has no eyes; take a checkpoint whose config has 'vision'."]
+def test_checkpoint_without_eyes(describe, ears):
+    result = describe("red.png", model=ears)
+    assert result.code == 1
+    assert result.complaints == ["kimi-mm: model 'ears' has no eyes; take a checkpoint whose config has 'vision'."]
 
 
 @pytest.mark.parametrize(
