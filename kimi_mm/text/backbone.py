@@ -213,7 +213,7 @@ class Backbone(nn.Module):
         audio_stream = stream.fork()
         text_hidden = self.text(stream, step, None if states is None else states[middle:end])
         audio_hidden = None
-        if self.audio is not None and (states is None or len(states) > end):
+        if self.audio is not None and (states is None or len(states) == end + len(self.audio.layers)):
             audio_hidden = self.audio(audio_stream, step, None if states is None else states[end:])
         if cache is not None:
             cache.advance(inputs_embeds.shape[1], lengths)

@@ -298,3 +298,15 @@ def test_caches_of_different_models_do_not_join(model):
         model.new_cache(1).join([model.new_cache(1), other.new_cache(1)])
     with pytest.raises(ValueError, match="no caches"):
         model.new_cache(1).join([])
+
+
+def test_a_cache_for_text_alone_runs_no_audio_branch():
+    model = _model()
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    both, alone = model.new_cache(2), model.new_cache(2, audio=False)
+    assert len(alone.layers) == len(both.layers) - len(model.config.audio_branch)
+    for part in x.split([4, 1, 2], 1):
+        want, got = model(part, cache=both), model(part, cache=alone)
+        assert want.audio_hidden is not None
+        assert got.audio_hidden is None
+        assert torch.equal(got.text_hidden, want.text_hidden)

@@ -110,3 +110,15 @@ def test_any_seed_trains(seed, tmp_path):
 def test_a_negative_seed_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="seed=-1"):
         train("text/nano", debug=True, output=tmp_path, overrides=["seed=-1"])
+
+
+def test_parts_that_a_recipe_has_no_use_for_are_left_behind(tmp_path, caplog):
+    """A model with eyes and a voice goes on as one that only hears."""
+    caplog.set_level("INFO")
+    short = ["steps=1", "weights=fp32"]
+    train("joint/nano", debug=True, output=tmp_path / "all", overrides=short)
+    start = tmp_path / "all" / "model"
+    train("asr/nano", debug=True, output=tmp_path / "ears", overrides=[*short, f"init={start}", "init_audio="])
+    assert "has no backbone.audio., detokenizer., vision., which are left out" in caplog.text
+    config = load_checkpoint(tmp_path / "ears" / "model")[0].config
+    assert (config.vision, config.detokenizer, config.backbone.audio_head) == (None, None, False)
