@@ -110,7 +110,7 @@ class _Watch:
             {"scenes", "speech", "text", "sentences", "dialogs"},
             {"_Looking", "_Embedded", "_BothStreams", "_prepare", "_questions", "_answers"},
         ),
-        ("vision/nano", 1, {"scenes"}, {"_Looking"}),
+        ("vision/nano", 1, {"scenes"}, {"_Seeing"}),
         ("text/nano", 1, {"text"}, {"_Embedded"}),
         ("detokenizer/nano", 2, {"speech"}, {"_Losses"}),
         ("vocoder/nano", 2, {"speech"}, {"_Losses"}),
