@@ -6,7 +6,8 @@
 Answers alone teach a new tower next to nothing for a long time: the backbone guesses from the question, and what
 reaches the tower through it is noise. So every row has to say what it shows as well: its direction is compared with
 those of the embedded ids, and has to be nearest to the ids of the words for what its 28 x 28 pixels show ("shown");
-its length stays near theirs ("length"), or the backbone would see little else.
+its length stays near theirs ("length"), or the backbone would see little else. Of several ids, as the letters in a row
+are, it has to tell the order too: a map of its own for each place ("order") turns it towards the id that stands there.
 
 With `freeze_backbone` only tower and projector learn, by gradients through a backbone that stays bit for bit as it was,
 or without it, several times as fast, where `answers_weight` is 0. Otherwise all of them do, and batches of speech and
@@ -26,7 +27,7 @@ from torch import nn
 
 from kimi_mm.config import ConfigError
 from kimi_mm.data.loader import SpeechBatch
-from kimi_mm.data.scene_drawer import Grid
+from kimi_mm.data.scene_drawer import SHOWN, Grid
 from kimi_mm.data.scene_loader import SceneBatch
 from kimi_mm.kernels.precision import without_autocast
 from kimi_mm.layout import IGNORE
@@ -81,6 +82,10 @@ class VisionObjective(SpeechTextObjective):
         self.vision = model.vision
         self._looking: dict[tuple[Grid, ...], Graphed] = {}
         self.sharpness = nn.Parameter(torch.tensor(math.log(20.0)))  # log of what cosines are multiplied by
+        self.places = None
+        if recipe.shown_weight:
+            width = model.config.backbone.hidden_size
+            self.places = nn.Parameter(torch.eye(width).repeat(SHOWN, 1, 1) + 0.01 * torch.randn(SHOWN, width, width))
         if recipe.freeze_backbone:
             self.backbone.requires_grad_(False)
             self.characters.requires_grad_(False)
@@ -111,9 +116,11 @@ class VisionObjective(SpeechTextObjective):
             rows = look(batch.patches)
         if shown:
             words = self.backbone.embed_tokens.weight[: self.config.vocab.num_text_tokens].detach()
+            assert self.places is not None
             losses["shown"] = shown_loss(rows, words, self.sharpness.exp(), batch.shown)
+            losses["order"] = order_loss(rows, self.places, words, self.sharpness.exp(), batch.shown)
             losses["length"] = length_loss(rows, words)
-            loss = loss + shown * (losses["shown"] + losses["length"])
+            loss = loss + shown * (losses["shown"] + losses["order"] + losses["length"])
         return {"loss": loss, **losses}
 
 
@@ -137,6 +144,25 @@ def shown_loss(rows: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, sho
         counts.scatter_add_(0, first, real[:, 0].float())
         weight = counts[first].clamp(min=1).rsqrt() * real[:, 0]
         return -(weight * chosen.sum(1) / real.sum(1).clamp(min=1)).sum() / weight.sum().clamp(min=1e-6)
+
+
+def order_loss(
+    rows: torch.Tensor, places: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, shown: torch.Tensor
+) -> torch.Tensor:
+    """Returns the mean cross-entropy of the ids of rows that show several, each at its place.
+
+    Args:
+        rows: [M, D] of the eyes.
+        places: [S, D, D], what turns a row towards the id at each place.
+        words, scale, shown: as for `shown_loss`.
+    """
+    with without_autocast(rows.device):
+        turned = F.normalize(torch.einsum("md,sed->mse", rows.float(), places.float()), dim=-1)
+        logits = scale * turned @ F.normalize(words.float(), dim=-1).T
+        several = (shown != IGNORE) & (shown[:, 1:2] != IGNORE)
+        labels = shown.masked_fill(~several, IGNORE)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return total / several.sum().clamp(min=1)
 
 
 def length_loss(rows: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.config import ConfigError
 from kimi_mm.layout import IGNORE
 from kimi_mm.training.run import train
-from kimi_mm.training.vision_objective import length_loss, shown_loss
+from kimi_mm.training.vision_objective import length_loss, order_loss, shown_loss
 
 
 def test_shown_is_the_entropy_of_ids_with_rare_ones_as_heavy_as_their_root():
@@ -29,11 +29,27 @@ def test_shown_is_the_entropy_of_ids_with_rare_ones_as_heavy_as_their_root():
     assert gradient[5].abs().max() == 0  # outside of the picture
 
 
+def test_order_is_asked_of_rows_that_show_several():
+    torch.manual_seed(0)
+    rows, words, places = torch.randn(3, 8), torch.randn(5, 8), torch.randn(3, 8, 8)
+    shown = torch.tensor([[4, 0, 2], [1, IGNORE, IGNORE], [3, 1, IGNORE]])
+    got = order_loss(rows, places, words, torch.tensor(7.0), shown)
+    losses = []
+    for row, place, id in ((0, 0, 4), (0, 1, 0), (0, 2, 2), (2, 0, 3), (2, 1, 1)):
+        turned = F.normalize(places[place] @ rows[row], dim=0)
+        losses.append(-(7 * F.normalize(words, dim=-1) @ turned).log_softmax(0)[id])
+    torch.testing.assert_close(got, sum(losses) / 5)
+    assert order_loss(rows, places, words, torch.tensor(7.0), shown.flip(0)) != got
+
+
 def test_nothing_shown_costs_nothing():
-    rows = torch.randn(3, 4, requires_grad=True)
-    loss = shown_loss(rows, torch.randn(5, 4), torch.tensor(10.0), torch.full((3, 2), IGNORE))
-    loss.backward()
-    assert loss == 0
+    rows, words, none = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), torch.full((3, 2), IGNORE)
+    losses = [
+        shown_loss(rows, words, torch.tensor(10.0), none),
+        order_loss(rows, torch.randn(2, 4, 4), words, torch.tensor(10.0), none),
+    ]
+    assert losses == [0, 0]
+    sum(losses).backward()
     assert rows.grad.isfinite().all()
 
 
