@@ -332,7 +332,7 @@ class Parallel:
         gradients = [local(p.grad) for p in given]  # type: ignore[arg-type]
         squares = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).square()
         if self.world > 1:
-            copies = torch.tensor([float(self._copies(p)) for p in given], device=squares.device)
+            copies = torch.tensor([float(self._copies(p)) for p in given]).to(squares.device, non_blocking=True)
             total = (squares / copies).sum()
             dist.all_reduce(total)
         else:

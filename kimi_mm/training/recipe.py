@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from kimi_mm.audio.detokenizer_config import DetokenizerConfig
-from kimi_mm.checkpoint import find_checkpoint
+from kimi_mm.checkpoint import FORMATS, find_checkpoint
 from kimi_mm.config import Config, ConfigError, ModelConfig
+from kimi_mm.config_base import choice
 from kimi_mm.data.augment import AugmentConfig
 from kimi_mm.data.document_config import DocumentDataConfig
 from kimi_mm.training.freezing import LoraConfig
@@ -195,8 +196,7 @@ class Recipe(Config):
         spread = self.parallel
         if self.cuda_graphs and (spread.data != "ddp" or max(spread.expert, spread.context) > 1):
             raise ConfigError("cuda_graphs: only with parallel.data=ddp, and with expert=1 and context=1; choose one.")
-        if self.weights not in ("fp32", "fp16", "int8", "int6"):
-            raise ConfigError(f"weights='{self.weights}' must be fp32, fp16, int8 or int6.")
+        choice("weights", self.weights, FORMATS)
         if self.freeze_backbone and (self.stage != "vision" or self.text_share or self.speech_share):
             raise ConfigError("freeze_backbone: for the vision stage with text_share and speech_share 0 only.")
         if min(self.answers_weight, self.shown_weight) < 0 or not (self.answers_weight or self.shown_weight):

@@ -232,8 +232,8 @@ class Trainer:
 
         The one wait for the device in a step.
         """
-        own = torch.tensor([float(self.asked), self.seconds], device=loss.device)
-        means = self.parallel.mean(torch.cat([loss.float()[None], own]))
+        own = [torch.full((), value, device=loss.device) for value in (float(self.asked), self.seconds)]
+        means = self.parallel.mean(torch.stack([loss.float(), *own]))
         mean_loss, stopped, self.clock, size = torch.cat([means, norm.float()[None]]).tolist()
         self.stopped = self.stopped or stopped > 0
         return self.guard.passes(self.step, origin, mean_loss, size)

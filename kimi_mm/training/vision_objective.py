@@ -10,8 +10,8 @@ its length stays near theirs ("length"), or the backbone would see little else. 
 are, it has to tell the order too: a map of its own for each place ("order") turns it towards the id that stands there.
 
 With `freeze_backbone` only tower and projector learn, by gradients through a backbone that stays bit for bit as it was,
-or without it, several times as fast, where `answers_weight` is 0. Otherwise all of them do, and batches of speech and
-text (`speech_share`, `text_share`) keep the other abilities alive.
+or without running it where `answers_weight` is 0. Otherwise all of them do, and batches of speech and text
+(`speech_share`, `text_share`) keep the other abilities alive.
 
 Shapes: B rows, T positions, P patches, p pixels a side of a patch, M vision rows, S ids for what a row shows, D hidden
 size, L labels, V ids of text.
@@ -101,7 +101,7 @@ class VisionObjective(SpeechTextObjective):
         """Returns the losses of a batch of pictures, or of speech."""
         if not isinstance(batch, SceneBatch):
             return super().forward(batch, augmented)
-        answers, shown = self.recipe.answers_weight, self.recipe.shown_weight
+        answers = self.recipe.answers_weight
         if batch.grids not in self._looking:
             module = _Looking(self.vision, self.backbone, batch.grids) if answers else _Seeing(self.vision, batch.grids)
             self._looking[batch.grids] = Graphed(module, self.recipe.cuda_graphs)
@@ -114,13 +114,13 @@ class VisionObjective(SpeechTextObjective):
             loss = loss + answers * losses["answers"]
         else:
             rows = look(batch.patches)
-        if shown:
+        if self.places is not None:
             words = self.backbone.embed_tokens.weight[: self.config.vocab.num_text_tokens].detach()
-            assert self.places is not None
-            losses["shown"] = shown_loss(rows, words, self.sharpness.exp(), batch.shown)
-            losses["order"] = order_loss(rows, self.places, words, self.sharpness.exp(), batch.shown)
+            scale = self.sharpness.exp()
+            losses["shown"] = shown_loss(rows, words, scale, batch.shown)
+            losses["order"] = order_loss(rows, self.places, words, scale, batch.shown)
             losses["length"] = length_loss(rows, words)
-            loss = loss + shown * (losses["shown"] + losses["order"] + losses["length"])
+            loss = loss + self.recipe.shown_weight * (losses["shown"] + losses["order"] + losses["length"])
         return {"loss": loss, **losses}
 
 
