@@ -282,11 +282,11 @@ def _train_at_once(
     A stage that fails does not stop those that do not need it. Returns whether all are done.
     """
     waiting = list(stages)
-    running: dict[str, tuple[StageConfig, list[int], subprocess.Popen]] = {}
+    running: dict[str, tuple[list[int], subprocess.Popen]] = {}
     failed: list[str] = []
     try:
         while waiting or running:
-            for name, (_, _, process) in list(running.items()):
+            for name, (_, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
                     failed += [name] if process.returncode else []
@@ -297,7 +297,7 @@ def _train_at_once(
             lost -= set(running)
             waiting = [stage for stage in waiting if not lost & set(stage.made_from)]
             ready = [s for s in waiting if all(_done(work, name) for name in s.made_from) and beside.has(s.needs)]
-            idle = [gpu for gpu in range(gpus) if not any(gpu in taken for _, taken, _ in running.values())]
+            idle = [gpu for gpu in range(gpus) if not any(gpu in taken for taken, _ in running.values())]
             for stage in ready:
                 wanted = min(stage.gpus, gpus)
                 if len(idle) < wanted:
@@ -307,12 +307,12 @@ def _train_at_once(
                 overrides = _start(stage, work, clock)
                 if stage.recipe:
                     say(f"train {stage.recipe} {' '.join(overrides)} on GPU {', '.join(map(str, mine))}")
-                    running[stage.name] = stage, mine, _train_on(mine, gpus, stage, work, overrides)
+                    running[stage.name] = mine, _train_on(mine, gpus, stage, work, overrides)
             time.sleep(0.2)
     finally:
-        for _, _, process in running.values():
+        for _, process in running.values():
             process.terminate()  # it saves
-        for _, _, process in running.values():
+        for _, process in running.values():
             process.wait()
     if failed:
         logs = ", ".join(f"{work / name}.log" for name in failed)
