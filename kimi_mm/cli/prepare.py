@@ -72,8 +72,9 @@ def prepare(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Of synthesis; default: one per core.")] = None,
     voices: Annotated[
-        str, typer.Option(help="Synthesisers of training speech and questions: hibari, flite, espeak, with commas.")
-    ] = "hibari,flite,espeak",
+        str | None,
+        typer.Option(help="Of speech, targets and questions: hibari, flite, espeak or single voices, with commas."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Prepare training and test data; goes on where it was interrupted."""
@@ -85,10 +86,14 @@ def prepare(
     from kimi_mm.data.art import ART
     from kimi_mm.data.prepare import TEXTS, human_shards
     from kimi_mm.data.prepare import prepare as run
-    from kimi_mm.data.voices import training_weights
+    from kimi_mm.data.targets import TARGET_WEIGHTS
+    from kimi_mm.data.voices import TRAINING_WEIGHTS, training_weights
 
-    weights = training_weights(voices.split(","))
+    mixture = {DataKind.speech: TRAINING_WEIGHTS, DataKind.dialogs: TRAINING_WEIGHTS, DataKind.targets: TARGET_WEIGHTS}
     kinds = [k for k in DataKind if k is not DataKind.all] if kind is DataKind.all else [kind]
+    if voices and not set(kinds) & set(mixture):
+        raise UserError(f"--voices is for {', '.join(k.value for k in mixture)}, not for {kind.value}.")
+    weights = {k: training_weights(voices.split(","), mixture[k]) for k in kinds if voices and k in mixture}
     from_text = (DataKind.eval, DataKind.speech, DataKind.targets, DataKind.dialogs, DataKind.eval_speech)
     needs_text = kinds[0] in from_text and not (data / TEXTS).exists()
     needs_art = kinds[0] in (DataKind.scenes, DataKind.programs) and not (data / "art" / ART).exists()
@@ -105,7 +110,7 @@ def prepare(
                 texts=data / TEXTS if step in from_text else None,
                 hours=hours,
                 count=count,
-                voice_weights=weights if step in (DataKind.speech, DataKind.dialogs) else None,
+                voice_weights=weights.get(step),
                 processes=processes,
                 tools=tools,
                 art=data / "art" if step in (DataKind.scenes, DataKind.programs) else None,

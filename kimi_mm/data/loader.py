@@ -88,24 +88,27 @@ def _join(spelled: list[np.ndarray]) -> np.ndarray:
 
 
 class SpeechShards:
-    """Memory-mapped shards of one or more folders."""
+    """Memory-mapped shards of one or more folders: speech (shard-*), or targets (target-*) in the other voice."""
 
     def __init__(self, folders: tuple[str, ...], weights: tuple[float, ...] = ()) -> None:
         self.arrays: list[np.ndarray] = []
         self.utterances: list[Utterance] = []
         self.repeats: list[float] = []
         for number, folder in enumerate(folders):
-            weight = weights[number] if number < len(weights) else 1.0
-            found = sorted(Path(folder).glob("shard-*.jsonl"))
-            if not found:
-                raise CheckpointError(f"{folder}: holds no speech shards (shard-*.jsonl); prepare the data first.")
-            for index in found:
-                self.arrays.append(np.load(index.with_suffix(".npy"), mmap_mode="r"))
-                for line in index.read_text(encoding="utf-8").splitlines():
-                    row = json.loads(line)
-                    item = Utterance(len(self.arrays) - 1, row["start"], row["samples"], row["text"])
-                    self.utterances.append(item)
-                    self.repeats.append(weight)
+            self._open(Path(folder), weights[number] if number < len(weights) else 1.0)
+
+    def _open(self, folder: Path, weight: float) -> None:
+        kinds = (("shard", ".npy", 1, 1), ("target", ".heard.npy", 2, 3))  # samples of an index to those of its array
+        found = [(index, *kind[1:]) for kind in kinds for index in sorted(folder.glob(f"{kind[0]}-*.jsonl"))]
+        if not found:
+            raise CheckpointError(f"{folder}: holds no speech shards (shard-*.jsonl); prepare the data first.")
+        for index, end, up, down in found:
+            self.arrays.append(np.load(index.with_suffix(end), mmap_mode="r"))
+            for line in index.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                start, samples = (row[key] * up // down for key in ("start", "samples"))
+                self.utterances.append(Utterance(len(self.arrays) - 1, start, samples, row["text"]))
+                self.repeats.append(weight)
 
     def wave(self, item: Utterance) -> np.ndarray:
         return self.arrays[item.shard][item.start : item.start + item.samples]

@@ -21,7 +21,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,17 @@ TRAINING_WEIGHTS: dict[str, float] = {
 VOICES = (*TRAINING_WEIGHTS, *UNSEEN)
 
 
-def training_weights(engines: Sequence[str]) -> dict[str, float]:
-    """Returns the mixture of training voices of some synthesisers: "hibari", "flite", "espeak".
+def training_weights(names: Sequence[str], weights: Mapping[str, float] = TRAINING_WEIGHTS) -> dict[str, float]:
+    """Returns the part of a mixture that is of some synthesisers ("hibari", "flite", "espeak") or voices of it.
 
     Raises:
-        VoiceError: an engine is unknown.
+        VoiceError: a name is neither.
     """
-    known = {name.partition("-")[0] for name in TRAINING_WEIGHTS}
-    for engine in engines:
-        if engine not in known:
-            raise VoiceError(f"Unknown synthesiser '{engine}'; known are {', '.join(sorted(known))}.")
-    return {name: weight for name, weight in TRAINING_WEIGHTS.items() if name.partition("-")[0] in engines}
+    engines = sorted({name.partition("-")[0] for name in weights})
+    for name in names:
+        if name not in engines and name not in weights:
+            raise VoiceError(f"Unknown voice '{name}'; known are {', '.join(engines)}, or single ones of theirs.")
+    return {voice: weight for voice, weight in weights.items() if {voice, voice.partition("-")[0]} & set(names)}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,12 @@ def test_refusals(kimi, tmp_path):
     assert kimi("prepare", "pictures").code == 2
     assert kimi("prepare", "speech", "--hours", 0).code == 2
     unknown = kimi("prepare", "speech", "--voices", "hibari,dogs", "--data", tmp_path / "data")
-    assert unknown.complaints == ["kimi-mm: Unknown synthesiser 'dogs'; known are espeak, flite, hibari."]
+    assert kimi("prepare", "judges", "--voices", "hibari", "--data", tmp_path / "data").complaints == [
+        "kimi-mm: --voices is for speech, dialogs, targets, not for judges."
+    ]
+    assert unknown.complaints == [
+        "kimi-mm: Unknown voice 'dogs'; known are espeak, flite, hibari, or single ones of theirs."
+    ]
     (tmp_path / "plain").write_text("")
     result = kimi("prepare", "text", "--data", tmp_path / "plain")
     assert (result.code, len(result.complaints)) == (1, 1)

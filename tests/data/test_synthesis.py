@@ -8,6 +8,7 @@ import pytest
 from kimi_mm.audio.io import write_wav
 from kimi_mm.data.shards import read_shards, shard_path
 from kimi_mm.data.synthesis import PROBE, PlannedClip, make_plan, resample, speak, synthesise, trim
+from kimi_mm.data.targets import TARGET_WEIGHTS
 from kimi_mm.data.text import Sentence
 from kimi_mm.data.voices import (
     SEEN_WEIGHTS,
@@ -48,6 +49,9 @@ def test_plan_uses_every_sentence_before_any_twice_and_keeps_test_voices_out() -
 def test_voices_of_some_synthesisers() -> None:
     assert training_weights(["hibari", "flite", "espeak"]) == TRAINING_WEIGHTS
     assert set(training_weights(["hibari"])) == {"hibari-heart", "hibari-morph"}
+    assert training_weights(["hibari-heart"], TARGET_WEIGHTS) == {"hibari-heart": TARGET_WEIGHTS["hibari-heart"]}
+    with pytest.raises(VoiceError, match="'flite'"):
+        training_weights(["flite"], TARGET_WEIGHTS)
     with pytest.raises(VoiceError, match="'festival'"):
         training_weights(["hibari", "festival"])
 

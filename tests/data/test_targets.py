@@ -78,13 +78,23 @@ def test_share_of_rows_heard_from_themselves(ramps):
     assert next(iter(loader(ramps, own_share=1.0))).own.all()
 
 
+def test_targets_are_speech_in_the_other_voice(ramps):
+    shards, targets = SpeechShards((str(ramps),)), loader(ramps)
+    assert len(shards.utterances) == len(targets.utterances) == 20
+    for heard, target in zip(shards.utterances, targets.utterances, strict=True):
+        pairs = targets.wave(target)
+        pairs = pairs[: len(pairs) // 3 * 3].reshape(-1, 3)[:, :2].ravel()
+        assert np.array_equal(shards.wave(heard)[: len(pairs)], pairs)
+        assert heard.samples * 3 == target.samples * 2
+
+
 def test_what_cannot_be_loaded_is_named(ramps, tmp_path):
     with pytest.raises(CheckpointError, match="no target shards"):
         loader(tmp_path)
     with pytest.raises(CheckpointError, match="no folder with targets"):
         TargetLoader(TargetDataConfig(), 0)
     with pytest.raises(CheckpointError, match="holds no speech shards"):
-        SpeechShards((str(ramps),))  # targets are not taken for 16 kHz speech
+        SpeechShards((str(tmp_path),))
     with pytest.raises(CheckpointError, match="too few"):
         next(iter(TargetLoader(TargetDataConfig(folders=(str(ramps),), row_seconds=80.0, batch_rows=4), 0)))
     clip = TargetClip("a", "", CANONICAL, np.ones(30, np.int16), np.ones(20, np.int16))
