@@ -155,7 +155,7 @@ def test_spoken_replies_are_those_without_graphs():
     sampling = SpeechSampling(max_audio_codes=30, max_text_tokens=10, min_audio_codes=30)
     found = []
     for graphs in (False, True):
-        inputs = ModelInputs(ids[0], ids[1], torch.tensor([9]))
+        inputs = ModelInputs(ids[0], ids[1], torch.tensor([9], device="cuda"))
         generator = torch.Generator().manual_seed(0)
         found += TwoStreams(net, inputs, sampling=sampling, generator=generator, graphs=graphs).run()
     assert found[0].codes == found[1].codes

@@ -275,7 +275,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) ->
         [P, H, K].
     """
     varlen = _varlen_attention()
-    if varlen is not None and layout.cu_seqlens is not None and q.dtype in (torch.float16, torch.bfloat16):
+    low = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0  # what flash attention takes
+    if varlen is not None and layout.cu_seqlens is not None and low:
         bounds, longest = layout.cu_seqlens, layout.longest
         return varlen(q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest)
     outputs, start = [], 0
