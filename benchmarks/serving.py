@@ -2,8 +2,9 @@
 
 Starts a server of its own on loopback and prints the time until it is ready, the latency of transcribing 10 s of the
 shipped real recordings over HTTP, how many times as many chats it answers when eight ask at once, and what 200 cut
-streams leave behind. `--minutes 30` adds a mixed load: errors, answers that differ from those a lone asker gets, and
-growth of memory after warm-up.
+streams leave behind; of a model with a voice also how soon after the user's last sound a spoken answer begins.
+`--minutes 30` adds a mixed load: errors, answers that differ from those a lone asker gets, and growth of memory after
+warm-up.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import openai
 
 from benchmarks.serving_load import Load, disconnects, mixed_load
+from benchmarks.serving_talk import RATE, speaks, turns
 
 ASKERS = 8
 
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         took = [hear() for _ in range(rounds)]
         chat(0)
         rates = {askers: _rate(chat, askers, ASKERS * (1 if given.debug else 4)) for askers in (1, ASKERS)}
+        spoken = turns(client, name, questions(1 if given.debug else 24)) if speaks(client, name) else []
         freed, held = disconnects(url, clip, cuts)
         load = mixed_load(url, pid, clips(2 if given.debug else 8), 60 * given.minutes) if given.minutes else None
     p50, p90, p99 = np.percentile(took, (50, 90, 99))
@@ -71,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("chats a second, one asker", f"{rates[1]:.3f}"),
         (f"chats a second, {ASKERS} askers", f"{rates[ASKERS]:.3f}"),
         (f"{ASKERS} askers against one", f"{rates[ASKERS] / rates[1]:.2f} x"),
+        *(_talk_lines(spoken) if spoken else []),
         (f"{cuts} cut streams: held afterwards", f"{sum(held.values()):.0f}, after {freed:.2f} s"),
         *(_load_lines(load) if load else []),
     ]:
@@ -78,6 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
     if load:
         for problem in [*load.errors, *load.mixed_up][:10]:
             print(problem)
+
+
+def _talk_lines(spoken: list[float]) -> list[tuple[str, str]]:
+    p50, p95 = np.percentile(spoken, (50, 95))
+    return [("last sound to first of the answer, p50 / p95", f"{p50:.3f} / {p95:.3f} s")]
 
 
 def _load_lines(load: Load) -> list[tuple[str, str]]:
@@ -96,6 +105,15 @@ def clips(count: int) -> list[bytes]:
     from kimi_mm.cli.demo import CLIPS, read_clips
 
     return [(CLIPS / clip["file"]).read_bytes() for clip in read_clips()[:count]]
+
+
+def questions(count: int) -> list[np.ndarray]:
+    """Returns shipped recordings, again and again, as a microphone hears them: [S] at 24 kHz."""
+    from kimi_mm.audio.io import read_audio
+    from kimi_mm.cli.demo import CLIPS, read_clips
+
+    waves = [read_audio(CLIPS / clip["file"], RATE)[0] for clip in read_clips()]
+    return [waves[number % len(waves)] for number in range(count)]
 
 
 def recording(seconds: int) -> bytes:

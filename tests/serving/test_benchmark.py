@@ -21,5 +21,7 @@ def test_debug_size(capsys):
     assert float(lines["memory after warm-up, at the end"].split(",")[0]) > 100
     p50, p90, p99 = map(float, re.findall(r"[\d.]+", lines["transcription of 2 s, p50 / p90 / p99"]))
     assert 0 < p50 <= p90 <= p99
+    p50, p95 = map(float, re.findall(r"[\d.]+", lines["last sound to first of the answer, p50 / p95"])[:2])
+    assert 0 < p50 <= p95
     one, eight = (float(lines[f"chats a second, {who}"]) for who in ("one asker", "8 askers"))
     assert float(lines["8 askers against one"].split()[0]) == pytest.approx(eight / one, rel=0.02)
