@@ -120,12 +120,13 @@ def test_workers_do_without_torch():
 
 
 TRAINER = """
-import multiprocessing, pathlib, sys, time
+import multiprocessing, pathlib, signal, sys, time
 from kimi_mm.data.loader import Prefetcher
 from kimi_mm.data.scene_loader import SceneLoader
 from tests.data.test_scene_loader import processor, settings
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the suite runs in the background
     source = Prefetcher(SceneLoader(settings(pathlib.Path(sys.argv[1]), processes=2), processor(), seed=5))
     try:
         source.next()
