@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import openai
 
+from kimi_mm.serving.sounds import pcm16
+
 RATE = 24_000
 PIECE = RATE // 25  # samples that a microphone sends at once
 PATIENCE = 15.0  # seconds until an answer has begun
@@ -46,22 +48,18 @@ def _turn(client: openai.OpenAI, model: str, wave: np.ndarray) -> float:
     loud = np.flatnonzero(np.abs(wave) > 0.02 * np.abs(wave).max())
     wave = wave[: loud[-1] + 1]
     with client.realtime.connect(model=model) as connection:
-        heard = threading.Event()
-        last = 0.0
+        heard, start = threading.Event(), time.perf_counter()
 
         def talk() -> None:
-            nonlocal last
-            start, sent = time.perf_counter(), 0
+            sent = 0
             while not heard.is_set() and sent < len(wave) + PATIENCE * RATE:
                 piece = np.zeros(PIECE, np.float32)
                 part = wave[sent : sent + PIECE]
                 piece[: len(part)] = part
-                data = base64.b64encode((piece * 32767).astype("<i2").tobytes()).decode()
+                data = base64.b64encode(pcm16(piece)).decode()
                 sent += PIECE
                 time.sleep(max(0.0, start + sent / RATE - time.perf_counter()))  # sound is there when it has been made
                 connection.input_audio_buffer.append(audio=data)
-                if sent - PIECE < len(wave) <= sent:
-                    last = start + len(wave) / RATE
             if not heard.is_set():
                 connection.close()
 
@@ -72,7 +70,7 @@ def _turn(client: openai.OpenAI, model: str, wave: np.ndarray) -> float:
                 if event.type == "error":
                     raise RuntimeError(f"the server sent an error: {event.error.message}")
                 if event.type == "response.output_audio.delta":
-                    return time.perf_counter() - last
+                    return time.perf_counter() - (start + len(wave) / RATE)
             raise RuntimeError(f"no answer began within {PATIENCE:g} s.")
         finally:
             heard.set()

@@ -98,17 +98,18 @@ class SpeechShards:
             self._open(Path(folder), weights[number] if number < len(weights) else 1.0)
 
     def _open(self, folder: Path, weight: float) -> None:
-        kinds = (("shard", ".npy", 1, 1), ("target", ".heard.npy", 2, 3))  # samples of an index to those of its array
-        found = [(index, *kind[1:]) for kind in kinds for index in sorted(folder.glob(f"{kind[0]}-*.jsonl"))]
-        if not found:
+        before = len(self.arrays)
+        # Samples of an index to those of its array: that of targets counts at 24 kHz.
+        for name, end, up, down in (("shard", ".npy", 1, 1), ("target", ".heard.npy", 2, 3)):
+            for index in sorted(folder.glob(f"{name}-*.jsonl")):
+                self.arrays.append(np.load(index.with_suffix(end), mmap_mode="r"))
+                for line in index.read_text(encoding="utf-8").splitlines():
+                    row = json.loads(line)
+                    start, samples = (row[key] * up // down for key in ("start", "samples"))
+                    self.utterances.append(Utterance(len(self.arrays) - 1, start, samples, row["text"]))
+                    self.repeats.append(weight)
+        if len(self.arrays) == before:
             raise CheckpointError(f"{folder}: holds no speech shards (shard-*.jsonl); prepare the data first.")
-        for index, end, up, down in found:
-            self.arrays.append(np.load(index.with_suffix(end), mmap_mode="r"))
-            for line in index.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                start, samples = (row[key] * up // down for key in ("start", "samples"))
-                self.utterances.append(Utterance(len(self.arrays) - 1, start, samples, row["text"]))
-                self.repeats.append(weight)
 
     def wave(self, item: Utterance) -> np.ndarray:
         return self.arrays[item.shard][item.start : item.start + item.samples]

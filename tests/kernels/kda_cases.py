@@ -13,15 +13,12 @@ from kimi_mm.kernels.kda import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Relative RMS error allowed, by dtype of v, in 16 bits what fla allows its own kernels: output and state, gradients of
-# what is multiplied, and those of gates, whose terms cancel.
-_SIXTEEN = {"o": 5e-3, "state": 5e-3, "gate": 2e-2, "gradient": 8e-3}
+# Relative RMS error allowed, by dtype of v: output and state, then the gradients.
 LIMITS = {
-    torch.float32: {"o": 1e-5, "state": 1e-5, "gate": 5e-5, "gradient": 5e-5},
-    torch.float16: _SIXTEEN,
-    torch.bfloat16: _SIXTEEN,
+    torch.float32: {"o": 1e-5, "state": 1e-5, "gradient": 5e-5},
+    torch.float16: {"o": 5e-3, "state": 5e-3, "gradient": 1e-2},
+    torch.bfloat16: {"o": 5e-3, "state": 5e-3, "gradient": 1e-2},
 }
-GATES = ("g", "beta", "A_log", "dt_bias")
 
 
 @contextlib.contextmanager
@@ -125,4 +122,4 @@ def compare(kernel, x: dict[str, Tensor], dtype: torch.dtype, *, other: torch.dt
 def assert_close(errors: dict[str, float], dtype: torch.dtype) -> None:
     limits = LIMITS[dtype]
     for name, error in errors.items():
-        assert error < limits.get(name, limits["gate" if name in GATES else "gradient"]), (name, error, errors)
+        assert error < limits.get(name, limits["gradient"]), (name, error, errors)
