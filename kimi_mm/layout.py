@@ -107,7 +107,8 @@ class Layout:
 
         Args:
             messages: dictionaries with `role` ("user", "assistant", "system") and `content`: a string or a list of
-                parts: {"type": "text", "text": str}, {"type": "audio", "num_codes": int, "codes": optional ids},
+                parts: {"type": "text", "text": str, "letters": optional, whether to write it letter by letter},
+                {"type": "audio", "num_codes": int, "codes": optional ids},
                 {"type": "image", "num_tokens": int}, {"type": "video", "chunks": [(seconds, num_tokens), ...]}.
                 Recordings, and pictures and chunks together, are numbered in the order in which they appear. An
                 assistant's audio is the speech of its text; with its codes given it is no recording.
@@ -137,7 +138,8 @@ class Layout:
             for part in parts:
                 kind = part.get("type")
                 if kind == "text":
-                    self._text(streams, part["text"], learn=role == "assistant")
+                    letters = part.get("letters", False)
+                    self._text(streams, part["text"], learn=role == "assistant", letters=letters)
                 elif kind == "audio":
                     self._audio(streams, clips, part)
                     clips += 1
@@ -203,9 +205,10 @@ class Layout:
                 items = self._seen(streams, items, part)
         return streams
 
-    def _text(self, streams: Streams, text: str, *, learn: bool, end: bool = True) -> None:
+    def _text(self, streams: Streams, text: str, *, learn: bool, end: bool = True, letters: bool = False) -> None:
         # A label sits on the position that must predict it, one before the token itself.
-        tokens = [*self.tokenizer.encode(text), *([self.ids["text_eos"]] if learn and end else [])]
+        encode = self.tokenizer.encode_letters if letters else self.tokenizer.encode
+        tokens = [*encode(text), *([self.ids["text_eos"]] if learn and end else [])]
         if not tokens:
             return
         labels = [*tokens[1:], IGNORE] if learn else IGNORE

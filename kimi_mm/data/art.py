@@ -64,6 +64,7 @@ class Art:
         self._files: dict[str, bytes] = {}
         self._icons: dict[str, Image.Image] = {}
         self._fonts: dict[tuple[str, int], ImageFont.FreeTypeFont] = {}
+        self._advances: dict[tuple[str, int, str], float] = {}
         for path in paths:
             self._read(Path(path))
 
@@ -103,9 +104,17 @@ class Art:
         if key not in self._fonts:
             if len(self._fonts) > 4000:
                 self._fonts.clear()
+                self._advances.clear()
             data = io.BytesIO(self._files[f"fonts/{name}"])
             self._fonts[key] = ImageFont.truetype(data, size, layout_engine=ImageFont.Layout.BASIC)
         return self._fonts[key]
+
+    def advance(self, name: str, size: int, character: str) -> float:
+        """Returns how far a character of a font moves the pen, in pixels, kerning aside."""
+        key = (name, size, character)
+        if key not in self._advances:
+            self._advances[key] = self.font(name, size).getlength(character)
+        return self._advances[key]
 
 
 def write_pack(

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kimi_mm.data.text import WORDS
+from kimi_mm.data.dialogs import make_dialogs
+from kimi_mm.data.text import WORDS, Sentence
 from kimi_mm.errors import CheckpointError
 from kimi_mm.evaluation.normalize import normalize_english
 from kimi_mm.processing import IGNORE, Processor
@@ -253,36 +254,57 @@ class SpeechLoader(_Place):
 
 
 class TextLoader(_Place):
-    """Endless iterator of `TextBatch`: rows of whole conversations "assistant_start sentence text_eos"."""
+    """Endless iterator of `TextBatch`: sentences, "assistant_start sentence text_eos", and written dialogs, in rows."""
 
     def __init__(self, config: TextDataConfig, processor: Processor, seed: int) -> None:
         self.config, self.processor, self.seed = config, processor, seed
-        texts = training_texts(config.path)
-        self.tokens = [np.asarray(ids, np.int64) for ids in processor.tokenizer.encode_batch(texts)]
+        ids, parts = processor.ids, []
+        for tokens in processor.tokenizer.encode_batch(training_texts(config.path)):
+            tokens.append(ids["text_eos"])
+            audio = [ids["assistant_start"], *([ids["text_blank"]] * len(tokens))]
+            parts.append(([ids["text_blank"], *tokens], audio, [*tokens, IGNORE]))
+        parts += self._dialogs()
+        self.starts = np.cumsum([0, *(len(part[0]) for part in parts)])
+        joined = (np.asarray(list(itertools.chain.from_iterable(part)), np.int64) for part in zip(*parts, strict=True))
+        self.text, self.audio, self.labels = joined
+        if len(self.text) < config.batch_rows * config.row_tokens:
+            raise CheckpointError(f"{config.path}: too little text for one batch.")
 
     def __iter__(self) -> Iterator[TextBatch]:
         rows, width = self.config.batch_rows, self.config.row_tokens
+        per_batch = rows * width
         while True:
-            text, audio, labels = self._epoch(self.epoch)
-            per_batch = rows * width
-            while (self.cursor + 1) * per_batch <= len(text):
-                cut = slice(self.cursor * per_batch, (self.cursor + 1) * per_batch)
+            order = self._order(self.epoch)
+            while (self.cursor + 1) * per_batch <= len(order):
+                cut = order[self.cursor * per_batch : (self.cursor + 1) * per_batch].reshape(rows, width)
                 self.cursor += 1
-                yield TextBatch(*(torch.from_numpy(a[cut].reshape(rows, width)) for a in (text, audio, labels)))
+                yield TextBatch(*(torch.from_numpy(values[cut]) for values in (self.text, self.audio, self.labels)))
             self.epoch, self.cursor = self.epoch + 1, 0
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        ids, rng = self.processor.ids, np.random.default_rng((self.seed, epoch, 1))
-        text, audio, labels = [], [], []
-        for number in rng.permutation(len(self.tokens)):
-            tokens = np.append(self.tokens[number], ids["text_eos"])
-            text.append(np.concatenate([[ids["text_blank"]], tokens]))
-            audio.append(np.concatenate([[ids["assistant_start"]], np.full(len(tokens), ids["text_blank"])]))
-            labels.append(np.append(tokens, IGNORE))
-        joined = tuple(np.concatenate(part).astype(np.int64) for part in (text, audio, labels))
-        if len(joined[0]) < self.config.batch_rows * self.config.row_tokens:
-            raise CheckpointError(f"{self.config.path}: too little text for one batch.")
-        return joined  # type: ignore[return-value]
+    def _order(self, epoch: int) -> np.ndarray:
+        """Returns the places of all tokens, conversations in the random order of an epoch."""
+        sizes = np.diff(self.starts)
+        chosen = np.random.default_rng((self.seed, epoch, 1)).permutation(len(sizes))
+        ends = np.cumsum(sizes[chosen])
+        return np.arange(ends[-1]) + np.repeat(self.starts[chosen] - ends + sizes[chosen], sizes[chosen])
+
+    def _dialogs(self) -> list[tuple[list[int], list[int], list[int]]]:
+        """Returns text, audio and labels of written dialogs."""
+        if not self.config.dialogs:
+            return []
+        written, sentences = (
+            [],
+            [  # without their ids, which nothing here asks for and which take a while
+                Sentence("", row["text"], row.get("source", ""), row.get("held_out", False), row.get("speech", True))
+                for row in read_texts(self.config.path)
+            ],
+        )
+        for dialog in make_dialogs(sentences, self.config.dialogs, seed=self.seed):
+            turns = ((("user", turn.question), ("assistant", turn.answer)) for turn in dialog.turns)
+            messages = [{"role": role, "content": said} for turn in turns for role, said in turn]
+            streams = self.processor.streams(messages, add_assistant_start=False)
+            written.append((streams.text, streams.audio, streams.text_labels))
+        return written
 
 
 def training_texts(path: str | Path) -> list[str]:

@@ -2,8 +2,8 @@
 
     Scene ─► [Question(kind, text, answer, truth), ...]
 
-Kinds: name, count, color, shape, relation, position, presence, background, read, spell, digit; and caption, which says
-all there is. An answer's form follows from the wording of its question alone, so that nothing about it is left to
+Kinds: name, count, color, shape, relation, position, presence, background, read, line, spell, digit; and caption, which
+says all there is. An answer's form follows from the wording of its question alone, so that nothing about it is left to
 chance.
 """
 
@@ -21,6 +21,7 @@ from kimi_mm.data.scenes import Scene
 from kimi_mm.data.where import Relation, position_of, relations, singles
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
 PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 PLACES = {"left": "on", "right": "on", "top": "at", "bottom": "at"}  # "in" the others
 CAPTION = "What is in the picture?"  # what `kimi-mm describe` asks when nothing is asked
@@ -59,6 +60,8 @@ class Asker:
 
     def questions(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
         """Returns everything that can be asked about a scene, in random order, one wording each."""
+        if scene.kind == "page":
+            return _page(scene, rng)
         found = [self.caption(scene, rng), _background(scene, rng)]
         if scene.text:
             found += _writing(scene, rng)
@@ -265,6 +268,18 @@ def _writing(scene: Scene, rng: np.random.Generator) -> list[Question]:
     if len(spelled) < 40:
         forms = [("Spell it.", spelled), ("Spell the text letter by letter.", spelled)]
         found.append(Question("spell", *forms[rng.integers(len(forms))], (spelled,)))
+    return found
+
+
+def _page(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    number, found = len(scene.text), []
+    for at in rng.permutation([*range(min(number, len(ORDINALS))), -1])[:2]:
+        which, line = "last" if at < 0 else ORDINALS[at], scene.text[at]
+        forms = [(f"What does the {which} line say?", line), (f"Read the {which} line.", line)]
+        found.append(Question("line", *forms[rng.integers(len(forms))], (line,)))
+    if number < len(NUMBERS):
+        forms = [("How many lines of text are there?", f"{NUMBERS[number]}.")]
+        found.append(_draw("count", forms, (NUMBERS[number],), rng))
     return found
 
 

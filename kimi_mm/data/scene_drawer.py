@@ -29,6 +29,7 @@ from kimi_mm.training.vision_config import SceneDataConfig
 
 PATCH, CELL = 14, 28
 SHOWN = 6  # S: ids at most of what a row is said to show
+READING = ("read", "line", "spell")  # kinds of questions that are answered letter by letter
 Grid = tuple[int, int, int]
 
 
@@ -124,6 +125,7 @@ class _Remembering(TextTokenizer):
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.encode = functools.lru_cache(1 << 14)(tokenizer.encode)
+        self.encode_letters = functools.lru_cache(1 << 14)(tokenizer.encode_letters)
 
 
 class SceneDrawer:
@@ -187,21 +189,26 @@ class SceneDrawer:
 
     def _ids(self, words: Sequence[str]) -> list[int]:
         """Ids of words, as many as there is room for, and IGNORE behind."""
-        ids = [id for word in words for id in self.layout.tokenizer.encode(word)][:SHOWN]
+        encode = self.layout.tokenizer.encode
+        # Digits stand alone in the vocabulary: what comes before them is a space.
+        ids = [id for word in words for id in (encode(word)[-1:] if word.isdigit() else encode(word))][:SHOWN]
         return ids + [IGNORE] * (SHOWN - len(ids))
 
     def _talk(self, asked: Sequence[Question], num_tokens: int, positions: int) -> Streams:
         """Lays out as many questions and answers as there is room for."""
-        encode, room = self.layout.tokenizer.encode, positions - num_tokens - self.prompt
+        tokenizer, room = self.layout.tokenizer, positions - num_tokens - self.prompt
         messages, used = [], 0
         for question in asked[: self.config.max_questions]:
             # Besides the words, a turn has the markers of two messages and the end of the answer.
-            used += 5 + len(encode(question.text)) + len(encode(question.answer))
+            letters = question.kind in READING
+            answer = tokenizer.encode_letters(question.answer) if letters else tokenizer.encode(question.answer)
+            used += 5 + len(tokenizer.encode(question.text)) + len(answer)
             if messages and used > room:
                 break
             parts = [] if messages else [{"type": "image", "num_tokens": num_tokens}]
             messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question.text}]})
-            messages.append({"role": "assistant", "content": question.answer})
+            said = {"type": "text", "text": question.answer, "letters": letters}
+            messages.append({"role": "assistant", "content": [said]})
         return self.layout.streams(messages, add_assistant_start=False)
 
 

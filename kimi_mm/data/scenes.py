@@ -7,7 +7,8 @@ pair of things, of a thing and a background, of a shape and a colour, of a thing
 test scenes show one wherever there is one (`compositions` tells).
 
 Kinds: "one" icon; "several" different things; "line": three in a row or column; "count": many of one; "shapes" in
-colours; "text": words on a sign or the background; "digit": one, as hands or types write it; "number": several digits.
+colours; "text": words on a sign or the background; "page": lines full of words; "digit": one, as hands or types write
+it; "number": several digits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from kimi_mm.data.drawing import (
     stands_out,
     treat,
 )
-from kimi_mm.data.writing import Letter, draw_digit, draw_number, draw_words
+from kimi_mm.data.numbers import cardinal
+from kimi_mm.data.writing import Letter, draw_digit, draw_number, draw_page, draw_words
 
 MAX_COUNT = 9
 TRIES = 60
@@ -153,7 +155,7 @@ def compositions(scene: Scene) -> list[tuple[str, ...]]:
     found += [("background", name, scene.background) for name in icons]
     found += [("shape", thing.name, thing.color) for thing in scene.things if thing.color]
     found += [("count", name, str(number)) for name, number in counts.items() if number > 1]
-    if scene.kind == "text":
+    if scene.kind in ("text", "page"):
         found += [("word", word.lower()) for word in " ".join(scene.text).split()]
     return found
 
@@ -161,8 +163,9 @@ def compositions(scene: Scene) -> list[tuple[str, ...]]:
 def shown(scene: Scene, rows: int, columns: int, cell: int) -> list[list[str]]:
     """Returns for each cell of a grid, row by row, the words for what it shows.
 
-    A thing is shown by cells that it covers a third of, and by the one that its middle is in; a letter by the latter. A
-    cell with neither shows the background, and one outside of the picture nothing.
+    A thing is shown by cells that it covers a third of, and by the one that its middle is in; a letter by the latter.
+    Middles of things of one name are numbered as one reads, so that the last says how many there are. A cell without
+    things and letters shows the background, and one outside of the picture nothing.
 
     Args:
         scene: with a picture [H, W, 3].
@@ -182,6 +185,10 @@ def shown(scene: Scene, rows: int, columns: int, cell: int) -> list[list[str]]:
         covered[_cell_of(thing.box, rows, columns, cell)] = True
         for at in np.flatnonzero(covered & there):
             found[at].append(thing.full_name)
+    for name, number in Counter(thing.full_name for thing in scene.things).items():
+        middles = (_cell_of(thing.box, rows, columns, cell) for thing in scene.things if thing.full_name == name)
+        for i, (row, column) in enumerate(sorted(middles) if number > 1 else (), start=1):
+            found[row * columns + column].append(cardinal(i))
     for letter in scene.letters:
         row, column = _cell_of(letter.box, rows, columns, cell)
         found[row * columns + column].append(letter.character)
@@ -300,6 +307,13 @@ def _text(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bool)
     return [], fill
 
 
+def _page(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bool) -> Plan:
+    def fill(sheet: _Sheet) -> None:
+        sheet.text, sheet.letters = draw_page(sheet.image, art, rng, test)
+
+    return [], fill
+
+
 def _digit(art: Art, size: tuple[int, int], rng: np.random.Generator, test: bool) -> Plan:
     def fill(sheet: _Sheet) -> None:
         sheet.text, sheet.letters = draw_digit(sheet.image, art, rng)
@@ -321,18 +335,26 @@ KINDS: dict[str, Callable[[Art, tuple[int, int], np.random.Generator, bool], Pla
     "count": _count,
     "shapes": _shapes,
     "text": _text,
+    "page": _page,
     "digit": _digit,
     "number": _number,
 }
 
 # (longer side, shorter side) in pixels below which there is nothing to be made out
-_SMALLEST = {"several": (84, 56), "line": (126, 44), "count": (84, 56), "text": (84, 28), "number": (56, 28)}
+_SMALLEST = {
+    "several": (84, 56),
+    "line": (126, 44),
+    "count": (84, 56),
+    "text": (84, 28),
+    "page": (112, 56),
+    "number": (56, 28),
+}
 
 
 def fits(kind: str, size: tuple[int, int]) -> bool:
     """Tells whether a picture of `size` (H, W) is large enough for a kind of scene."""
     long, short = _SMALLEST.get(kind, (28, 28))
-    wide = kind not in ("text", "number") or size[1] >= long
+    wide = kind not in ("text", "page", "number") or size[1] >= long
     return max(size) >= long and min(size) >= short and wide
 
 

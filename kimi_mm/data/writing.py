@@ -6,6 +6,7 @@ Beside the lines as they stand there, everything that writes returns its letters
 
 from __future__ import annotations
 
+import itertools
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,31 @@ def draw_words(image: Image.Image, art: Art, rng: np.random.Generator, test: boo
         box = _extent(art, font_name, size, lines)
     left = int(rng.integers(2, max(3, width - box[0] - 3)))
     top = int(rng.integers(1, max(2, height - box[1] - 2)))
+    paper = _paper(image, (left, top, left + box[0], top + box[1]), rng)
+    return tuple(lines), _write(image, art, font_name, size, lines, (left, top), ink_for(paper, rng))
+
+
+def draw_page(image: Image.Image, art: Art, rng: np.random.Generator, test: bool) -> Written:
+    """Fills a picture with lines of words in one font and size; words are chosen as by `draw_words`."""
+    font_name = art.fonts[rng.integers(len(art.fonts))]
+    width, height = image.size
+    # As many small ones as large ones: sizes are even in their logarithm.
+    size = int(SMALLEST * (max(1.0, min(44, height / 3) / SMALLEST)) ** rng.random())
+    step = max(1, _extent(art, font_name, size, [""])[1])
+    lines: list[str] = []
+    for _ in range(max(1, (height - 4) // step)):
+        words: list[str] = []
+        room = width - 8.0
+        while True:
+            words.append(_cased(_word(art, rng, test), rng))
+            room -= sum(art.advance(font_name, size, c) for c in f" {words[-1]}")
+            if room < 0:
+                break
+        kept = words[:-1] if rng.random() < 0.8 else words[:1]  # some lines end before the margin
+        lines += [" ".join(kept)] if kept and len(words) > 1 else []
+    lines = lines or [_word(art, rng, test)[:2]]
+    box = _extent(art, font_name, size, lines)
+    left, top = (int(rng.integers(0, max(1, room))) for room in (width - box[0], height - box[1]))
     paper = _paper(image, (left, top, left + box[0], top + box[1]), rng)
     return tuple(lines), _write(image, art, font_name, size, lines, (left, top), ink_for(paper, rng))
 
@@ -135,6 +161,11 @@ def _lines(art: Art, rng: np.random.Generator, test: bool) -> tuple[str, ...]:
     return (" ".join(words[:cut]), " ".join(words[cut:]))
 
 
+def _cased(word: str, rng: np.random.Generator) -> str:
+    draw = rng.random()
+    return word.upper() if draw > 0.8 else word.capitalize() if draw > 0.6 else word
+
+
 def _word(art: Art, rng: np.random.Generator, test: bool) -> str:
     if not test and rng.random() < 0.3:
         length = int(rng.integers(2, 8))
@@ -176,7 +207,9 @@ def _write(
     for i, line in enumerate(lines):
         left, top = at[0] + 2, at[1] + i * step
         draw.text((left, top), line, font=font, fill=ink)
-        edges = [left + int(font.getlength(line[:end])) for end in range(len(line) + 1)]
+        edges = [
+            left + int(x) for x in itertools.accumulate((art.advance(font_name, size, c) for c in line), initial=0)
+        ]
         letters += [
             Letter(character, (edges[n], top, edges[n + 1], top + step))
             for n, character in enumerate(line)

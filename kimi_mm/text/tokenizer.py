@@ -8,6 +8,7 @@ Special ids (see `VocabConfig.SPECIALS`) are never produced from text: a user wh
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -76,6 +77,14 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the BPE ids of a text; markers of special tokens inside it stay plain characters."""
         return self._tokenizer.encode(_lead(text) if self.leads else text, add_special_tokens=False).ids
+
+    def encode_letters(self, text: str) -> list[int]:
+        """Returns ids of a text letter by letter, each with the space before it: as what is copied is best learnt.
+
+        They decode to the same text as those of `encode`.
+        """
+        pieces = re.findall(r"\s*\S|\s+", _lead(text) if self.leads else text)
+        return [id for piece in pieces for id in self._tokenizer.encode(piece, add_special_tokens=False).ids]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""

@@ -87,11 +87,19 @@ class SpeechDataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TextDataConfig(Config):
-    """Sentences (`texts.jsonl.gz`), packed into rows of `row_tokens` tokens."""
+    """Sentences (`texts.jsonl.gz`), packed into rows of `row_tokens` tokens.
+
+    Args:
+        path: of the sentences.
+        row_tokens: of a row.
+        batch_rows: rows of a batch.
+        dialogs: written ones among the sentences (see `kimi_mm.data.dialogs`).
+    """
 
     path: str = ""
     row_tokens: int = 256
     batch_rows: int = 64
+    dialogs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

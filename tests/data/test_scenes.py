@@ -33,7 +33,7 @@ def test_every_kind_at_every_size_that_fits(art, kind):
             assert scene.image.shape == (*size, 3)
             assert scene.image.dtype == np.uint8
             assert scene.background in COLORS
-            assert bool(scene.text) == (kind in ("text", "digit", "number"))
+            assert bool(scene.text) == (kind in ("text", "page", "digit", "number"))
             for thing in scene.things:
                 left, top, right, bottom = thing.box
                 assert 0 <= left < right <= size[1]
