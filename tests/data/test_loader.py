@@ -1,7 +1,11 @@
 """Batches: an order that depends on the seed alone, exact restoring, prompts as inference lays them out."""
 
+import gzip
+import itertools
+import json
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +120,33 @@ def test_text_rows_hold_whole_sentences(corpus, processor):
     assert len(starts) > 1
     assert (flat_text[starts] == processor.ids["text_blank"]).all()
     assert (labels[:-1][labels[:-1] != IGNORE] == flat_text[1:][labels[:-1] != IGNORE]).all()
+
+
+def test_written_dialogs_stand_among_sentences(tmp_path):
+    words = ["brook", "table", "river", "stone", "garden", "window", "silver", "candle", "market", "bridge"]
+    rows = [{"text": f"The {a} is near the {b}.", "source": "wordnet"} for a in words for b in words if a != b]
+    rows += [
+        {"text": f"{a.capitalize()}: a thing that people know.", "source": "gloss", "speech": False} for a in words
+    ]
+    path = tmp_path / "texts.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    processor = Processor(VocabConfig(num_text_tokens=384), TextTokenizer.train([row["text"] for row in rows], 384))
+    loader = TextLoader(TextDataConfig(path=str(path), row_tokens=32, batch_rows=2, dialogs=40), processor, 0)
+    ids, order = processor.ids, loader._order(0)
+    assert sorted(order.tolist()) == list(range(len(loader.text)))
+    for start, end in itertools.pairwise(loader.starts):  # every conversation is whole, in order
+        at = int(np.flatnonzero(order == start)[0])
+        assert order[at : at + end - start].tolist() == list(range(start, end))
+    asked, answered = (np.flatnonzero(loader.audio == ids[f"{role}_start"]) for role in ("user", "assistant"))
+    assert len(asked) >= 40
+    assert (loader.labels[answered] != IGNORE).all()
+    for start, end in zip(asked, answered[np.searchsorted(answered, asked)], strict=True):
+        assert (loader.labels[start:end] == IGNORE).all()
+    batches = iter(loader)
+    next(batches)
+    again = TextLoader(loader.config, processor, 0)
+    again.load_state_dict(loader.state_dict())
+    assert same(next(iter(again)), next(batches))
 
 
 def test_errors_reach_the_caller(corpus, processor):

@@ -99,6 +99,22 @@ def test_rows_say_what_they_show(art_folder):
     assert np.mean([p for p, n in zip(plain, names, strict=True) if n]) > np.mean(plain)
 
 
+def test_what_is_read_is_answered_letter_by_letter(art_folder):
+    layout = processor()
+    settings = SceneDataConfig(
+        **{"cells": (50, 90), "cell_shares": (0.0, 1.0), "grids": 9, "batch_positions": 2400, "max_questions": 1},
+        **{"art": str(art_folder / ART), "kinds": {"page": 1.0}, "questions": ("line",)},
+    )
+    drawer = SceneDrawer(settings, layout, seed=1)
+    drawn, eos = drawer.draw(0), layout.ids["text_eos"]
+    answers = [part[part != eos].tolist() for part in np.split(drawn.labels, np.flatnonzero(drawn.labels == eos) + 1)]
+    said = [(ids, layout.tokenizer.decode(ids)) for ids in answers if ids]
+    said = [(ids, text) for ids, text in said if not text.endswith(".")]  # where the page was too small for words
+    assert len(said) > 5
+    assert all(ids == layout.tokenizer.encode_letters(text) for ids, text in said)
+    assert any(ids != layout.tokenizer.encode(text) for ids, text in said)
+
+
 def test_patches_are_those_of_the_processor():
     canvas = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
     cut = torch.from_numpy(cut_patches(canvas)).float().div(255.0).sub(0.5).div(0.5)

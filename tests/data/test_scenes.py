@@ -9,6 +9,7 @@ import pytest
 from kimi_mm.data.art import ART, HELD_OUT, Art, held_out
 from kimi_mm.data.digits import coarse_digit, coarse_picture, written_digit
 from kimi_mm.data.drawing import COLORS, SHAPES, distance, outlined, pick, pick_rgb, shape_icon, widened
+from kimi_mm.data.numbers import cardinal
 from kimi_mm.data.scenes import KINDS, MAX_COUNT, Scene, Thing, compose, compositions, fits, shown
 from kimi_mm.data.writing import SMALLEST, Letter, ink_for
 
@@ -212,3 +213,31 @@ def test_what_each_cell_shows():
         *(["blue"], ["ant"], ["a", "b"], ["blue"], []),
         *([[]] * 5),
     ]
+
+
+def test_things_of_one_name_are_numbered_as_one_reads(art):
+    boxes = [(60, 0, 80, 20), (0, 60, 20, 80), (0, 0, 20, 20)]
+    scene = Scene("count", np.zeros((84, 84, 3), np.uint8), "blue", [Thing("dog", box) for box in boxes])
+    scene.things.append(Thing("ant", (30, 30, 50, 50)))
+    cells = shown(scene, 3, 3, 28)
+    numbered = {at: words for at, words in enumerate(cells) if words != ["blue"]}
+    assert numbered == {0: ["dog", "one"], 2: ["dog", "two"], 4: ["ant"], 6: ["dog", "three"]}
+    drawn = compose(art, "count", (280, 280), np.random.default_rng(5))
+    number = Counter(thing.full_name for thing in drawn.things).most_common(1)[0][1]
+    numbers = [words[i] for words in shown(drawn, 10, 10, 28) for i in range(1, len(words))]
+    assert numbers == [cardinal(i) for i in range(1, number + 1)]
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_pages_are_full_of_words(art, test):
+    many = 0
+    for seed in range(12):
+        scene = compose(art, "page", (150, 240), np.random.default_rng(seed), test=test)
+        assert "".join(letter.character for letter in scene.letters) == "".join(scene.text).replace(" ", "")
+        boxes = np.asarray([letter.box for letter in scene.letters])
+        assert boxes.min() >= 0
+        assert (boxes[:, 2:].max(0) <= (240 + 4, 150 + 4)).all()
+        words = {word.lower() for word in " ".join(scene.text).split()} & set(art.words)
+        assert all(held_out("word", word) == test for word in words)
+        many += len(scene.letters)
+    assert many > 12 * 30

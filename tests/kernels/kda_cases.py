@@ -13,11 +13,12 @@ from kimi_mm.kernels.kda import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Relative RMS error allowed, by dtype of v: output and state, then the gradients.
+# Relative RMS error allowed, by dtype of v: output and state, then the gradients. That of A_log is one number a head, a
+# sum over all positions and channels: in bf16 up to 0.018 on a GPU over three seeds of three shapes, mean 0.008.
 LIMITS = {
     torch.float32: {"o": 1e-5, "state": 1e-5, "gradient": 5e-5},
     torch.float16: {"o": 5e-3, "state": 5e-3, "gradient": 1e-2},
-    torch.bfloat16: {"o": 5e-3, "state": 5e-3, "gradient": 1e-2},
+    torch.bfloat16: {"o": 5e-3, "state": 5e-3, "gradient": 1e-2, "A_log": 2e-2},
 }
 
 

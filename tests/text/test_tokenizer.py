@@ -20,6 +20,15 @@ def test_round_trip(tokenizer, text):
     assert all(0 <= i < len(tokenizer) for i in ids)
 
 
+@pytest.mark.parametrize("lead", [True, False])
+@pytest.mark.parametrize("text", [*TEXTS, "two  spaces ", ""])
+def test_letters_decode_to_the_same_text(tokenizer, text, lead):
+    tokenizer = TextTokenizer.from_json(tokenizer.to_json(), lead)
+    ids = tokenizer.encode_letters(text)
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(text))
+    assert len(ids) >= len(text.replace(" ", ""))
+
+
 def test_saved_tokenizer_is_equal(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json(), encoding="utf-8")
