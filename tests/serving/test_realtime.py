@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from kimi_mm.evaluation.wer import word_error_rate
 from kimi_mm.generation_speech import SpeechSampling
 from kimi_mm.serving.engine import Engine
 from kimi_mm.serving.realtime.conversation import MAX_ITEMS, Conversation, Item, Part
-from kimi_mm.serving.realtime.ears import Began, Ears, Ended
+from kimi_mm.serving.realtime.ears import TAIL, Began, Ears, Ended, Paused
 from kimi_mm.serving.realtime.listener import Listener
 from kimi_mm.serving.realtime.wire import ServerVad
 from kimi_mm.types import CodePiece, TextPiece, WavePiece
@@ -99,13 +100,19 @@ def test_ears_find_turns_however_the_sound_is_cut(piece):
     for at in range(0, len(data), 2 * piece):
         events += ears.push(data[at : at + 2 * piece], ServerVad(silence_duration_ms=800))
         assert ears.held < 16_000 * (CLIP["seconds"] + 3)
-    assert [type(event) for event in events] == [Began, Ended] * 2
-    assert 0.5 < events[0].start / 16_000 < 1.5
-    for ended in events[1::2]:
-        assert len(ended.wave) / 16_000 == pytest.approx(CLIP["seconds"] + 0.8, abs=0.6)
+    turns = [event for event in events if not isinstance(event, Paused)]
+    assert [type(event) for event in turns] == [Began, Ended] * 2
+    assert 0.5 < turns[0].start / 16_000 < 1.5
+    for began, ended in zip(turns[::2], turns[1::2], strict=True):
+        assert len(ended.wave) / 16_000 == pytest.approx(CLIP["seconds"] + 0.5, abs=0.4)
+        # 800 ms of silence ended it, of which it keeps what is in TAIL.
+        assert ended.end - began.start - len(ended.wave) == pytest.approx(0.8 * 16_000 - TAIL, abs=512)
+        last = events[events.index(ended) - 1]
+        assert isinstance(last, Paused)
+        assert np.array_equal(last.wave, ended.wave)
     whole = to_mono_16k(wave, RATE)
-    begin = events[0].start
-    assert np.abs(events[1].wave - whole[begin : begin + len(events[1].wave)]).max() < 0.01
+    begin = turns[0].start
+    assert np.abs(turns[1].wave - whole[begin : begin + len(turns[1].wave)]).max() < 0.01
     assert ears.held < 16_000
 
 
@@ -145,25 +152,31 @@ def test_turns_are_tokenized_while_they_are_said(able, piece):
     data = (wave * 32767).astype("<i2").tobytes()
     engine = Engine(able)
 
-    async def listen() -> tuple[np.ndarray, AudioTokens, int]:
+    async def listen() -> tuple[list[tuple[np.ndarray, AudioTokens]], int]:
         ears, listener, early = Ears(60), None, 0
+        paused: list[tuple[np.ndarray, AudioTokens]] = []
         for at in range(0, len(data), 2 * piece):
             for event in ears.push(data[at : at + 2 * piece], ServerVad(silence_duration_ms=800)):
                 if isinstance(event, Began):
                     listener = Listener(engine, asyncio.ensure_future)
+                    continue
+                assert listener is not None
+                if isinstance(event, Paused):  # what is heard of a turn that goes on changes nothing
+                    paused.append((event.wave, await listener.end(event.wave)))
                 else:
-                    assert listener is not None
                     early = len(listener.pieces)
-                    return event.wave, await listener.end(event.wave), early
+                    return [*paused, (event.wave, await listener.end(event.wave))], early
             if listener is not None:
                 listener.feed(ears.so_far)
         raise AssertionError("the turn did not end")
 
-    turn, tokens, early = asyncio.run(listen())
+    turns, early = asyncio.run(listen())
     engine.close()
-    whole = able.tokenizer.encode(turn)
-    assert torch.equal(tokens.codes, whole.codes)
-    assert torch.equal(tokens.features, whole.features)
+    for turn, tokens in turns:
+        whole = able.tokenizer.encode(turn)
+        assert torch.equal(tokens.codes, whole.codes)
+        assert torch.equal(tokens.features, whole.features)
+    assert len(turns) > 1
     assert early > 4
 
 
@@ -208,6 +221,29 @@ def test_nano_hears_a_turn_and_answers_aloud(nano):
     sound = b"".join(base64.b64decode(event.delta) for event in session.of("response.output_audio.delta"))
     assert len(sound) > 0.3 * 2 * RATE
     assert np.frombuffer(sound, "<i2").any()
+
+
+def test_what_was_said_is_read_while_a_pause_lasts(nano):
+    wave = np.concatenate([quiet(0.5), speech(), quiet(0.4)])
+    with talk(nano) as session:
+        session.say(wave)
+        time.sleep(3.0)  # which is not in the sound: the detector waits for the rest of the silence
+        session.say(quiet(0.5))
+        paused = session.until("response.done").response
+    with talk(nano) as session:
+        session.say(np.concatenate([wave, quiet(0.5)]))
+        at_once = session.until("response.done").response
+    assert paused.usage.input_token_details.cached_tokens == paused.usage.input_tokens > 20
+    assert paused.output[0].content[0].transcript == at_once.output[0].content[0].transcript
+    with talk(nano) as session:  # a pause that ends no turn
+        session.update(audio={"input": {"turn_detection": {"type": "server_vad", "silence_duration_ms": 1500}}})
+        session.say(wave)
+        time.sleep(1.0)
+        session.say(np.concatenate([speech(), quiet(2.0)]))
+        done = session.until("response.done").response
+    assert done.status == "completed"
+    assert done.usage.input_tokens > paused.usage.input_tokens + 30
+    assert len(session.of("input_audio_buffer.committed")) == 1
 
 
 def test_speech_of_a_model_without_a_voice_is_refused_and_the_session_goes_on(hearing):

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import torch
 
+from kimi_mm.audio.tokens import AudioTokens
 from kimi_mm.generation import TextSampling
 from kimi_mm.generation_speech import SpeechSampling
-from kimi_mm.serving.batch import Row
+from kimi_mm.serving.batch import Prompt, Row
 from kimi_mm.serving.chat_request import read_turns
 from kimi_mm.serving.problems import ApiError
 from kimi_mm.serving.realtime import wire
@@ -34,18 +35,38 @@ if TYPE_CHECKING:
 MOST_TEXT = 512  # text ids of an answer whose budget is "inf"
 
 
+def read_ahead(session: Session, tokens: asyncio.Future[AudioTokens]) -> Coroutine[Any, Any, None]:
+    """Reads the conversation as if what the user said ended with a turn of these tokens.
+
+    Its state is kept, so that an answer to it begins with its first ids.
+    """
+    items = [*session.conversation.items, Item("", "user", [Part("input_audio", tokens=tokens)])]
+
+    async def read() -> None:
+        asked = wire.Asked()
+        sampling = _sampling(session, asked)
+        row = Row(await _read(session, asked, items, sampling), TextSampling(max_tokens=0), kept=True)
+        async with session.service.engine.text(row) as ids:
+            async for _ in ids:
+                pass
+
+    return read()
+
+
 class Answer:
     """An answer on its way; it starts at once.
 
     Args:
         session: whose conversation is answered.
         asked: what this answer has of its own.
+        after: what it waits for: its prompt may be being read already.
     """
 
-    def __init__(self, session: Session, asked: wire.Asked) -> None:
+    def __init__(self, session: Session, asked: wire.Asked, after: asyncio.Task[None] | None = None) -> None:
         self.session, self.asked, self.id = session, asked, wire.new_id("resp")
+        self.after = after
         self.in_conversation = asked.conversation == "auto"
-        self.modalities = asked.output_modalities or session.settings.output_modalities
+        self.modalities = _modalities(session, asked)
         self.aloud = "audio" in self.modalities
         self.part = Part("output_audio" if self.aloud else "output_text")
         self.item = Item(wire.new_id("item"), "assistant", [self.part], "in_progress")
@@ -91,46 +112,20 @@ class Answer:
 
     async def _events(self) -> AsyncGenerator[TextPiece | CodePiece | WavePiece, None]:
         service = self.session.service
-        given = self.asked.max_output_tokens or self.session.settings.max_output_tokens
-        if self.aloud:
-            default = SpeechSampling()
-            text, codes = (default.max_text_tokens, default.max_audio_codes) if given == "inf" else (given, given)
-            prompt = await self._read("speech", max(text, codes))
-            sampling = SpeechSampling(max_text_tokens=text, max_audio_codes=min(codes, default.max_audio_codes))
+        if self.after is not None:
+            await asyncio.wait([self.after])
+        sampling = _sampling(self.session, self.asked)
+        prompt = await _read(self.session, self.asked, self._items(), sampling)
+        if isinstance(sampling, SpeechSampling):
             row = spoken_row(service.model, prompt, sampling, torch.Generator().manual_seed(0))
             stream = answer(service.engine, row)
         else:
-            text = MOST_TEXT if given == "inf" else given
-            prompt = await self._read("text", text)
-            row = Row(prompt, TextSampling(max_tokens=text), kept=True)
+            row = Row(prompt, sampling, kept=True)
             stream = written(service.engine, row)
         self.row, self._prompt = row, len(prompt)
         async with aclosing(stream) as events:
             async for event in events:
                 yield event
-
-    async def _read(self, output: str, budget: int) -> Any:
-        """Reads the conversation; what no longer fits is left out, oldest first.
-
-        Raises:
-            ApiError: it does not fit, or there is nothing to answer.
-        """
-        session, limit = self.session, self.session.service.config.max_prompt
-        items = self._items()
-        told = self.asked.instructions if self.asked.instructions is not None else session.settings.instructions
-        system = [{"role": "system", "content": told}] if told.strip() else []
-        turns = [turn for item in items if (turn := await item.turn()) is not None]
-        if not turns:
-            raise ApiError(400, "there is nothing to answer: the conversation is empty.")
-        while True:
-            try:
-                return await read_turns(session.service, [*system, *turns], output, limit - min(budget, limit // 2))
-            except ApiError as error:
-                if error.code != "context_length_exceeded" or session.settings.truncation == "disabled":
-                    raise
-                if len(turns) == 1:
-                    raise
-                turns = turns[(len(turns) + 3) // 4 :]
 
     def _items(self) -> list[Item]:
         if self.asked.input is None:
@@ -226,3 +221,45 @@ class Answer:
 
     def _send(self, kind: str, **values: Any) -> None:
         self.session.send(kind, **values)
+
+
+def _modalities(session: Session, asked: wire.Asked) -> list[str]:
+    return asked.output_modalities or session.settings.output_modalities  # type: ignore[return-value]
+
+
+def _sampling(session: Session, asked: wire.Asked) -> TextSampling | SpeechSampling:
+    """Returns how an answer is drawn, and its budgets."""
+    given = asked.max_output_tokens or session.settings.max_output_tokens
+    if "audio" not in _modalities(session, asked):
+        return TextSampling(max_tokens=MOST_TEXT if given == "inf" else given)
+    default = SpeechSampling()
+    text, codes = (default.max_text_tokens, default.max_audio_codes) if given == "inf" else (given, given)
+    return SpeechSampling(max_text_tokens=text, max_audio_codes=min(codes, default.max_audio_codes))
+
+
+async def _read(
+    session: Session, asked: wire.Asked, items: Sequence[Item], sampling: TextSampling | SpeechSampling
+) -> Prompt:
+    """Reads items of a conversation; what no longer fits is left out, oldest first.
+
+    Raises:
+        ApiError: it does not fit, or there is nothing to answer.
+    """
+    limit = session.service.config.max_prompt
+    aloud = isinstance(sampling, SpeechSampling)
+    budget = max(sampling.max_text_tokens, sampling.max_audio_codes) if aloud else sampling.max_tokens
+    told = asked.instructions if asked.instructions is not None else session.settings.instructions
+    system = [{"role": "system", "content": told}] if told.strip() else []
+    turns = [turn for item in items if (turn := await item.turn()) is not None]
+    if not turns:
+        raise ApiError(400, "there is nothing to answer: the conversation is empty.")
+    output, room = "speech" if aloud else "text", limit - min(budget, limit // 2)
+    while True:
+        try:
+            return await read_turns(session.service, [*system, *turns], output, room)
+        except ApiError as error:
+            if error.code != "context_length_exceeded" or session.settings.truncation == "disabled":
+                raise
+            if len(turns) == 1:
+                raise
+            turns = turns[(len(turns) + 3) // 4 :]

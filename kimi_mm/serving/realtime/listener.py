@@ -1,15 +1,16 @@
 """A turn of the user, tokenized while it is still being said.
 
     ears ─► feed(the turn so far), again and again ─► stream of the tokenizer, on the engine's thread ─► tokens
-            end(the whole turn) ─► what is left is less than a block ─┘
+            end(the whole turn) ─► what is left is less than a block ─► a copy of the stream ─┘
 
 The tokens are those of the whole turn (`kimi_mm.audio.streaming`); when the user falls silent, most of them are there.
+A turn that did not end after all goes on: its end was heard by a copy.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,26 +44,28 @@ class Listener:
     def feed(self, wave: np.ndarray) -> None:
         """Takes the turn so far, [S] at 16 kHz, from its beginning."""
         if self._stream is not None and len(wave) - self._fed >= PIECE:
-            self._push(self._stream.push, wave[self._fed :].copy())
+            self.pieces.append(self._call(self._stream.push, wave[self._fed :].copy()))
             self._fed = len(wave)
 
     def end(self, wave: np.ndarray) -> asyncio.Task[AudioTokens]:
-        """Takes the whole turn and returns its tokens to come."""
+        """Takes the whole turn and returns its tokens to come; it can still go on."""
         if (stream := self._stream) is None:
-            self._push(self.tokenizer.encode, wave)
-        else:
-            self._push(
-                lambda rest: join([*([stream.push(rest)] if len(rest) else []), stream.flush()]), wave[self._fed :]
-            )
-        return self.start(self._joined())
+            return self._call(self.tokenizer.encode, wave)
 
-    def _push(self, work: Callable[[np.ndarray], AudioTokens], samples: np.ndarray) -> None:
+        def last(rest: np.ndarray) -> AudioTokens:
+            twin = stream.clone()
+            return join([*([twin.push(rest)] if len(rest) else []), twin.flush()])
+
+        return self.start(_joined([*self.pieces, self._call(last, wave[self._fed :].copy())]))
+
+    def _call(self, work: Callable[[np.ndarray], AudioTokens], samples: np.ndarray) -> asyncio.Task[AudioTokens]:
         def tokenize() -> AudioTokens:
             with torch.inference_mode():
                 return work(samples)
 
         # Calls are answered in the order in which they were made.
-        self.pieces.append(self.start(self.engine.call(tokenize)))
+        return self.start(self.engine.call(tokenize))
 
-    async def _joined(self) -> AudioTokens:
-        return join([await piece for piece in self.pieces])
+
+async def _joined(pieces: Sequence[asyncio.Task[AudioTokens]]) -> AudioTokens:
+    return join([await piece for piece in pieces])

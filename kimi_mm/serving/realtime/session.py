@@ -7,6 +7,9 @@
     events out ◄─ Outbox ◄──────────────────────────────── Answer ◄─ rows of the running batch
 
 Everything runs on the event loop. Events are handled one after another; transcripts and the answer are tasks.
+
+A pause may be the end of a turn: while the detector waits for more of it, the turn is tokenized and read, so that an
+answer begins with its first ids. Nobody is told of it, and if speech goes on it was for nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
@@ -29,9 +33,9 @@ from kimi_mm.pipeline import SAMPLE_RATE
 from kimi_mm.serving.hearing import transcribe_stream
 from kimi_mm.serving.problems import ApiError, body_of
 from kimi_mm.serving.realtime import wire
-from kimi_mm.serving.realtime.answer import Answer
+from kimi_mm.serving.realtime.answer import Answer, read_ahead
 from kimi_mm.serving.realtime.conversation import Conversation, Item, Part
-from kimi_mm.serving.realtime.ears import PER_MS, Began, Ears, Ended
+from kimi_mm.serving.realtime.ears import PER_MS, Began, Ears, Ended, Paused
 from kimi_mm.serving.realtime.listener import Listener
 from kimi_mm.serving.realtime.outbox import Outbox
 from kimi_mm.serving.service import Service
@@ -40,6 +44,15 @@ from kimi_mm.serving.speaking import speaks
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 SHORTEST_MS = 100  # of a turn that is committed by hand
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A turn of so many samples that a pause may have ended: its tokens, and the reading of them."""
+
+    samples: int
+    tokens: asyncio.Task[AudioTokens]
+    read: asyncio.Task[None]
 
 
 class Session:
@@ -62,6 +75,7 @@ class Session:
         self.answer: Answer | None = None
         self._next_item = wire.new_id("item")  # of the user's turn that goes on
         self._listener: Listener | None = None  # to that turn, once it has begun
+        self._ahead: _Ahead | None = None  # since the last pause in it
         self._tasks: set[asyncio.Task] = set()
 
     def open(self) -> None:
@@ -146,18 +160,24 @@ class Session:
             raise ApiError(400, f"the buffer holds {self.service.config.turn_seconds:.0f} s; commit or clear it.")
         for heard in self.ears.push(data, vad):
             assert vad is not None
+            ahead = self._take_ahead(len(heard.wave) if isinstance(heard, Ended) else 0)
             if isinstance(heard, Began):
                 self._listener = Listener(self.service.engine, self._start)
                 milliseconds = heard.start // PER_MS
                 self.send("input_audio_buffer.speech_started", audio_start_ms=milliseconds, item_id=self._next_item)
                 if vad.interrupt_response and self.answer is not None and self.answer.in_conversation:
                     await self._stop(self.answer, "turn_detected")
-            elif isinstance(heard, Ended):
+            elif isinstance(heard, Paused):
+                answers = vad.create_response and self.settings.type == "realtime" and self.answer is None
+                if answers and self._listener is not None:
+                    tokens = self._listener.end(heard.wave)
+                    self._ahead = _Ahead(len(heard.wave), tokens, self._start(read_ahead(self, tokens)))
+            else:
                 milliseconds = heard.end // PER_MS
                 self.send("input_audio_buffer.speech_stopped", audio_end_ms=milliseconds, item_id=self._next_item)
-                self._take_turn(heard.wave)
+                self._take_turn(heard.wave, ahead and ahead.tokens)
                 if vad.create_response and self.settings.type == "realtime" and self.answer is None:
-                    self._answer(wire.Asked())
+                    self._answer(wire.Asked(), ahead and ahead.read)
         if self._listener is not None:
             self._listener.feed(self.ears.so_far)
 
@@ -167,18 +187,30 @@ class Session:
                 400, f"the buffer holds less than {SHORTEST_MS} ms of sound.", code="input_audio_buffer_commit_empty"
             )
         self._listener = None  # which began later than the buffer
+        self._take_ahead()
         self._take_turn(self.ears.commit())
 
     async def _clear(self, event: wire.Clear) -> None:
         self.ears.clear()
         self._listener = None
+        self._take_ahead()
         self.send("input_audio_buffer.cleared")
 
-    def _take_turn(self, wave: np.ndarray) -> None:
+    def _take_ahead(self, samples: int = 0) -> _Ahead | None:
+        """Returns what was done ahead if it was for a turn of so many samples, and stops it if not."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.samples != samples:
+            ahead.read.cancel()
+            ahead.tokens.cancel()
+            return None
+        return ahead
+
+    def _take_turn(self, wave: np.ndarray, tokens: asyncio.Task[AudioTokens] | None = None) -> None:
         """Makes an item of what was said, and has it tokenized and, where that is wished for, written down."""
         name, self._next_item = self._next_item, wire.new_id("item")
         listener, self._listener = self._listener, None
-        part = Part("input_audio", tokens=self._tokenize(wave, listener))
+        part = Part("input_audio", tokens=tokens or self._tokenize(wave, listener))
+        self.service.metrics.audio.inc(len(wave) / SAMPLE_RATE)
         item = Item(name, "user", [part])
         before = self.conversation.add(item)
         self.send("input_audio_buffer.committed", item_id=name, previous_item_id=before)
@@ -187,7 +219,6 @@ class Session:
             self._start(self._transcribe(item, part, wave))
 
     def _tokenize(self, wave: np.ndarray, listener: Listener | None = None) -> asyncio.Task[AudioTokens]:
-        self.service.metrics.audio.inc(len(wave) / SAMPLE_RATE)
         return (listener or Listener(self.service.engine, self._start)).end(wave)
 
     async def _transcribe(self, item: Item, part: Part, wave: np.ndarray) -> None:
@@ -235,6 +266,7 @@ class Session:
                 wave = ears.commit()
                 if not len(wave):
                     raise ApiError(400, "item.content.audio: there is no sound.", param="item.content.audio")
+                self.service.metrics.audio.inc(len(wave) / SAMPLE_RATE)
                 parts.append(Part(content.type, text=content.transcript or "", tokens=self._tokenize(wave)))
             elif content.type == "input_image":
                 url = content.image_url or ""
@@ -284,8 +316,8 @@ class Session:
             raise ApiError(400, "there is no such answer to cancel.", code="response_cancel_not_active")
         await self._stop(self.answer, "client_cancelled")
 
-    def _answer(self, asked: wire.Asked) -> None:
-        answer = self.answer = Answer(self, asked)
+    def _answer(self, asked: wire.Asked, after: asyncio.Task[None] | None = None) -> None:
+        answer = self.answer = Answer(self, asked, after)
 
         def over(task: asyncio.Task) -> None:
             if self.answer is answer:
