@@ -138,7 +138,7 @@ class Layout:
             for part in parts:
                 kind = part.get("type")
                 if kind == "text":
-                    letters = part.get("letters", False)
+                    letters = bool(part.get("letters"))
                     self._text(streams, part["text"], learn=role == "assistant", letters=letters)
                 elif kind == "audio":
                     self._audio(streams, clips, part)
