@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -35,22 +36,53 @@ if TYPE_CHECKING:
 MOST_TEXT = 512  # text ids of an answer whose budget is "inf"
 
 
-def read_ahead(session: Session, tokens: asyncio.Future[AudioTokens]) -> Coroutine[Any, Any, None]:
-    """Reads the conversation as if what the user said ended with a turn of these tokens.
+Events = AsyncGenerator[TextPiece | CodePiece | WavePiece, None]
 
-    Its state is kept, so that an answer to it begins with its first ids.
+
+class Ahead:
+    """An answer begun at a pause, before it is known that the turn has ended; nobody is told of it until then.
+
+    Args:
+        session: whose conversation it answers, and a turn of these `tokens`, of so many `samples`, after it.
     """
-    items = [*session.conversation.items, Item("", "user", [Part("input_audio", tokens=tokens)])]
 
-    async def read() -> None:
-        asked = wire.Asked()
-        sampling = _sampling(session, asked)
-        row = Row(await _read(session, asked, items, sampling), TextSampling(max_tokens=0), kept=True)
-        async with session.service.engine.text(row) as ids:
-            async for _ in ids:
-                pass
+    def __init__(self, session: Session, samples: int, tokens: asyncio.Task[AudioTokens]) -> None:
+        self.samples, self.tokens = samples, tokens
+        self.row: Row | None = None
+        self._settings, self._items = session.settings, list(session.conversation.items)
+        self._events: asyncio.Queue[TextPiece | CodePiece | WavePiece | Exception | None] = asyncio.Queue()
+        self._task = session.start(self._run(session))
 
-    return read()
+    def answers(self, session: Session, samples: int) -> bool:
+        """Whether the turn came to be this one, and nothing else of the conversation is another by now."""
+        same = self._settings is session.settings and self._items == session.conversation.items
+        return same and samples == self.samples
+
+    def stop(self) -> None:
+        """Ends it; what it held is free."""
+        self._task.cancel()
+
+    async def events(self) -> Events:
+        """Yields what there is of it by now, and the rest as it comes. Errors are those that it met."""
+        try:
+            while (event := await self._events.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            self._task.cancel()
+
+    async def _run(self, session: Session) -> None:
+        turn = Item("", "user", [Part("input_audio", tokens=self.tokens)])
+        try:
+            async with session.service.gate.enter():
+                self.row, stream = await _begin(session, wire.Asked(), [*self._items, turn])
+                async with aclosing(stream) as events:
+                    async for event in events:
+                        self._events.put_nowait(event)
+            self._events.put_nowait(None)
+        except Exception as error:
+            self._events.put_nowait(error)
 
 
 class Answer:
@@ -59,12 +91,12 @@ class Answer:
     Args:
         session: whose conversation is answered.
         asked: what this answer has of its own.
-        after: what it waits for: its prompt may be being read already.
+        ahead: where it was begun already.
     """
 
-    def __init__(self, session: Session, asked: wire.Asked, after: asyncio.Task[None] | None = None) -> None:
+    def __init__(self, session: Session, asked: wire.Asked, ahead: Ahead | None = None) -> None:
         self.session, self.asked, self.id = session, asked, wire.new_id("resp")
-        self.after = after
+        self.ahead = ahead
         self.in_conversation = asked.conversation == "auto"
         self.modalities = _modalities(session, asked)
         self.aloud = "audio" in self.modalities
@@ -74,7 +106,6 @@ class Answer:
         self._reason: str | None = None  # why it was cancelled
         self.begun = asyncio.Event()  # its prompt has been read, or it has ended
         self._announced = self._heard = self._told = False
-        self._prompt = 0  # positions
         self._begun = time.monotonic()
         self._send("response.created", response=self._wire("in_progress", None, []))
         self.task = asyncio.ensure_future(self._run())
@@ -93,7 +124,9 @@ class Answer:
         status, details = "completed", {"type": "completed"}
         try:
             with anyio.fail_after(self.session.service.config.request_seconds):
-                async with self.session.service.gate.enter(), aclosing(self._events()) as events:
+                # What was begun ahead has its turn already.
+                gate = contextlib.nullcontext() if self.ahead is not None else self.session.service.gate.enter()
+                async with gate, aclosing(self._events()) as events:
                     async for event in events:
                         self._take(event)
             if self.row is not None and self.row.stop_reason != "eos":
@@ -110,21 +143,14 @@ class Answer:
             )
         self._end(status, details)
 
-    async def _events(self) -> AsyncGenerator[TextPiece | CodePiece | WavePiece, None]:
-        service = self.session.service
-        if self.after is not None:
-            await asyncio.wait([self.after])
-        sampling = _sampling(self.session, self.asked)
-        prompt = await _read(self.session, self.asked, self._items(), sampling)
-        if isinstance(sampling, SpeechSampling):
-            row = spoken_row(service.model, prompt, sampling, torch.Generator().manual_seed(0))
-            stream = answer(service.engine, row)
+    async def _events(self) -> Events:
+        if self.ahead is not None:
+            stream = self.ahead.events()
         else:
-            row = Row(prompt, sampling, kept=True)
-            stream = written(service.engine, row)
-        self.row, self._prompt = row, len(prompt)
+            self.row, stream = await _begin(self.session, self.asked, self._items())
         async with aclosing(stream) as events:
             async for event in events:
+                self.row = self.ahead.row if self.ahead is not None else self.row
                 yield event
 
     def _items(self) -> list[Item]:
@@ -197,10 +223,11 @@ class Answer:
 
     def _wire(self, status: str, details: dict[str, Any] | None, output: list[dict[str, Any]]) -> dict[str, Any]:
         session = self.session
-        text, codes = (0 if self.row is None else len(self.row.ids)), len(self.part.codes)
+        prompt, text = (0, 0) if self.row is None else (len(self.row.prompt), len(self.row.ids))
+        codes = len(self.part.codes)
         usage = {
-            "total_tokens": self._prompt + text + codes,
-            "input_tokens": self._prompt,
+            "total_tokens": prompt + text + codes,
+            "input_tokens": prompt,
             "output_tokens": text + codes,
             "input_token_details": {"cached_tokens": 0 if self.row is None else self.row.reused},
             "output_token_details": {"text_tokens": text, "audio_tokens": codes},
@@ -235,6 +262,21 @@ def _sampling(session: Session, asked: wire.Asked) -> TextSampling | SpeechSampl
     default = SpeechSampling()
     text, codes = (default.max_text_tokens, default.max_audio_codes) if given == "inf" else (given, given)
     return SpeechSampling(max_text_tokens=text, max_audio_codes=min(codes, default.max_audio_codes))
+
+
+async def _begin(session: Session, asked: wire.Asked, items: Sequence[Item]) -> tuple[Row, Events]:
+    """Reads items of a conversation; returns the row that answers them, and what comes of it once it is asked for.
+
+    Raises:
+        ApiError: they do not fit, or there is nothing to answer.
+    """
+    service, sampling = session.service, _sampling(session, asked)
+    prompt = await _read(session, asked, items, sampling)
+    if isinstance(sampling, SpeechSampling):
+        row = spoken_row(service.model, prompt, sampling, torch.Generator().manual_seed(0))
+        return row, answer(service.engine, row)
+    row = Row(prompt, sampling, kept=True)
+    return row, written(service.engine, row)  # type: ignore[return-value]
 
 
 async def _read(

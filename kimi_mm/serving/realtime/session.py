@@ -8,8 +8,8 @@
 
 Everything runs on the event loop. Events are handled one after another; transcripts and the answer are tasks.
 
-A pause may be the end of a turn: while the detector waits for more of it, the turn is tokenized and read, so that an
-answer begins with its first ids. Nobody is told of it, and if speech goes on it was for nothing.
+A pause may be the end of a turn: while the detector waits for more of it, the answer is begun. Nobody is told of it,
+and if speech goes on it was for nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
@@ -33,7 +32,7 @@ from kimi_mm.pipeline import SAMPLE_RATE
 from kimi_mm.serving.hearing import transcribe_stream
 from kimi_mm.serving.problems import ApiError, body_of
 from kimi_mm.serving.realtime import wire
-from kimi_mm.serving.realtime.answer import Answer, read_ahead
+from kimi_mm.serving.realtime.answer import Ahead, Answer
 from kimi_mm.serving.realtime.conversation import Conversation, Item, Part
 from kimi_mm.serving.realtime.ears import PER_MS, Began, Ears, Ended, Paused
 from kimi_mm.serving.realtime.listener import Listener
@@ -44,15 +43,6 @@ from kimi_mm.serving.speaking import speaks
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 SHORTEST_MS = 100  # of a turn that is committed by hand
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """A turn of so many samples that a pause may have ended: its tokens, and the reading of them."""
-
-    samples: int
-    tokens: asyncio.Task[AudioTokens]
-    read: asyncio.Task[None]
 
 
 class Session:
@@ -75,7 +65,7 @@ class Session:
         self.answer: Answer | None = None
         self._next_item = wire.new_id("item")  # of the user's turn that goes on
         self._listener: Listener | None = None  # to that turn, once it has begun
-        self._ahead: _Ahead | None = None  # since the last pause in it
+        self._ahead: Ahead | None = None  # the answer to it, if the last pause has ended it
         self._tasks: set[asyncio.Task] = set()
 
     def open(self) -> None:
@@ -162,7 +152,7 @@ class Session:
             assert vad is not None
             ahead = self._take_ahead(len(heard.wave) if isinstance(heard, Ended) else 0)
             if isinstance(heard, Began):
-                self._listener = Listener(self.service.engine, self._start)
+                self._listener = Listener(self.service.engine, self.start)
                 milliseconds = heard.start // PER_MS
                 self.send("input_audio_buffer.speech_started", audio_start_ms=milliseconds, item_id=self._next_item)
                 if vad.interrupt_response and self.answer is not None and self.answer.in_conversation:
@@ -171,13 +161,15 @@ class Session:
                 answers = vad.create_response and self.settings.type == "realtime" and self.answer is None
                 if answers and self._listener is not None:
                     tokens = self._listener.end(heard.wave)
-                    self._ahead = _Ahead(len(heard.wave), tokens, self._start(read_ahead(self, tokens)))
+                    self._ahead = Ahead(self, len(heard.wave), tokens)
             else:
                 milliseconds = heard.end // PER_MS
                 self.send("input_audio_buffer.speech_stopped", audio_end_ms=milliseconds, item_id=self._next_item)
                 self._take_turn(heard.wave, ahead and ahead.tokens)
                 if vad.create_response and self.settings.type == "realtime" and self.answer is None:
-                    self._answer(wire.Asked(), ahead and ahead.read)
+                    self._answer(wire.Asked(), ahead)
+                elif ahead is not None:
+                    ahead.stop()
         if self._listener is not None:
             self._listener.feed(self.ears.so_far)
 
@@ -196,11 +188,11 @@ class Session:
         self._take_ahead()
         self.send("input_audio_buffer.cleared")
 
-    def _take_ahead(self, samples: int = 0) -> _Ahead | None:
-        """Returns what was done ahead if it was for a turn of so many samples, and stops it if not."""
+    def _take_ahead(self, samples: int = 0) -> Ahead | None:
+        """Returns the answer that was begun ahead if it is one to a turn of so many samples, and stops it if not."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.samples != samples:
-            ahead.read.cancel()
+        if ahead is not None and not ahead.answers(self, samples):
+            ahead.stop()
             ahead.tokens.cancel()
             return None
         return ahead
@@ -216,10 +208,10 @@ class Session:
         self.send("input_audio_buffer.committed", item_id=name, previous_item_id=before)
         self._announce(item, before)
         if self.settings.audio.input.transcription is not None or self.settings.type == "transcription":
-            self._start(self._transcribe(item, part, wave))
+            self.start(self._transcribe(item, part, wave))
 
     def _tokenize(self, wave: np.ndarray, listener: Listener | None = None) -> asyncio.Task[AudioTokens]:
-        return (listener or Listener(self.service.engine, self._start)).end(wave)
+        return (listener or Listener(self.service.engine, self.start)).end(wave)
 
     async def _transcribe(self, item: Item, part: Part, wave: np.ndarray) -> None:
         kind, place = "conversation.item.input_audio_transcription", {"item_id": item.id, "content_index": 0}
@@ -293,6 +285,7 @@ class Session:
 
     async def _truncate_item(self, event: wire.ItemTruncate) -> None:
         self.conversation.get(event.item_id).truncate(event.audio_end_ms)
+        self._take_ahead()  # which had read more
         place = {"item_id": event.item_id, "content_index": 0, "audio_end_ms": event.audio_end_ms}
         self.send("conversation.item.truncated", **place)
 
@@ -316,12 +309,14 @@ class Session:
             raise ApiError(400, "there is no such answer to cancel.", code="response_cancel_not_active")
         await self._stop(self.answer, "client_cancelled")
 
-    def _answer(self, asked: wire.Asked, after: asyncio.Task[None] | None = None) -> None:
-        answer = self.answer = Answer(self, asked, after)
+    def _answer(self, asked: wire.Asked, ahead: Ahead | None = None) -> None:
+        answer = self.answer = Answer(self, asked, ahead)
 
         def over(task: asyncio.Task) -> None:
             if self.answer is answer:
                 self.answer = None
+            if ahead is not None:  # which goes on where the answer was cancelled before it could begin
+                ahead.stop()
 
         answer.task.add_done_callback(over)
 
@@ -329,7 +324,9 @@ class Session:
         self.answer = None
         await answer.cancel(reason)
 
-    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Makes a task of work, which ends with the session at the latest."""
+
         def over(task: asyncio.Task[T]) -> None:
             self._tasks.discard(task)
             if not task.cancelled():
