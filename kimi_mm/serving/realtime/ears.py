@@ -24,7 +24,7 @@ WINDOW = 512  # samples that the detector judges at once
 PER_MS = SAMPLE_RATE // 1000
 HYSTERESIS = 0.15  # speech that has begun goes on above threshold - HYSTERESIS, as in Silero's own iterator
 SURE = 2  # windows above the threshold that make speech of a click
-TAIL = 7 * WINDOW  # of silence, 224 ms: what a turn keeps of it at most
+TAIL = 5 * WINDOW  # of silence, 160 ms: what a turn keeps of it at most
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,7 @@ class Session:
         """Returns the answer that was begun ahead if it is one to a turn of so many samples, and stops it if not."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and not ahead.answers(self, samples):
-            ahead.stop()
-            ahead.tokens.cancel()
+            ahead.stop()  # and not its tokens: pieces of them are the turn's, which goes on
             return None
         return ahead
 
