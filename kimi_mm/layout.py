@@ -28,6 +28,7 @@ Importing this takes no torch, so that processes which only prepare data start a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -92,10 +93,13 @@ class Layout:
         vocab: ids of the joint vocabulary.
         tokenizer: of the text.
         audio_delay: steps by which the audio of a reply trails its text, `ModelConfig.audio_delay`.
+        spells: what is read out is given by letter where a word has several ids, `ModelConfig.spells`.
     """
 
-    def __init__(self, vocab: VocabConfig, tokenizer: TextTokenizer, audio_delay: int = 6) -> None:
-        self.vocab = vocab
+    def __init__(
+        self, vocab: VocabConfig, tokenizer: TextTokenizer, audio_delay: int = 6, spells: bool = False
+    ) -> None:
+        self.vocab, self.spells = vocab, spells
         self.tokenizer = tokenizer
         self.audio_delay = audio_delay
         self.ids = vocab.specials
@@ -111,7 +115,8 @@ class Layout:
                 {"type": "audio", "num_codes": int, "codes": optional ids},
                 {"type": "image", "num_tokens": int}, {"type": "video", "chunks": [(seconds, num_tokens), ...]}.
                 Recordings, and pictures and chunks together, are numbered in the order in which they appear. An
-                assistant's audio is the speech of its text; with its codes given it is no recording.
+                assistant's audio is the speech of its text; with its codes given it is no recording. There, a text with
+                "ids" stands as those ids, as it is read out, and is not learnt.
             output: "text", or "speech" for text and audio.
             add_assistant_start: end with the marker after which the model answers.
 
@@ -155,6 +160,12 @@ class Layout:
         if add_assistant_start:
             streams.add(ids["assistant_start"], blank)
         return streams
+
+    def reading(self, text: str) -> list[int]:
+        """Returns the ids by which a text is given that is to be read out."""
+        if not self.spells:
+            return self.tokenizer.encode(text)
+        return self.tokenizer.encode_words(text, lambda ids: ids > 1)
 
     def transcription(self, num_codes: int, text: str | None = None) -> Streams:
         """Lays out speech recognition of one clip; with `text`, the answer follows and carries the labels."""
@@ -225,8 +236,10 @@ class Layout:
         if kinds.count("audio") != 1 or set(kinds) - {"text", "audio"}:
             raise UserError(f"{where}: a spoken reply has text and one part of type 'audio'.")
         blank, part = self.ids["text_blank"], parts[kinds.index("audio")]
-        text = " ".join(part["text"] for part in parts if part["type"] == "text")
-        said = [*self.tokenizer.encode(text), self.ids["text_eos"]]
+        texts = [part for part in parts if part["type"] == "text"]
+        given = [part["ids"] for part in texts if "ids" in part]
+        said = [*itertools.chain(*given)] if given else self.tokenizer.encode(" ".join(part["text"] for part in texts))
+        said = [*said, self.ids["text_eos"]]
         codes = part.get("codes")
         count = int(part["num_codes"]) if codes is None else len(codes)
         if count < 1:
@@ -238,7 +251,7 @@ class Layout:
                 streams.audio_labels[-1] = token = self.vocab.audio_offset + int(codes[row])
             elif 0 <= row < count:
                 token, place = self.ids["media_pad"], {"clip": clip, "row": row}
-            if step < len(said):
+            if step < len(said) and not given:
                 streams.text_labels[-1] = said[step]
             streams.add(token, said[step] if step < len(said) else blank, **place)
         if end >= len(said):

@@ -145,10 +145,7 @@ class _Source:
         return [Turn("repeat", text, question, text, text)]
 
     def _spelling(self, rng: random.Random) -> list[Turn]:
-        word = rng.choice(self.words)
-        asked = rng.choice(("How do you spell {}?", "Spell the word {}.", "Please spell {}.", "Spell {}."))
-        letters = ", ".join(word.upper()) + "."
-        return [Turn("spelling", word, asked.format(word), letters, letters, "exact")]
+        return spelling_turn(rng.choice(self.words), rng)
 
     def _define(self, rng: random.Random) -> list[Turn]:
         # Unseen words could not be answered, so that the wording is what is held out.
@@ -197,11 +194,23 @@ def _arithmetic(rng: random.Random) -> list[Turn]:
     a, b = (rng.randint(1, 10 if sign == "times" else 20) for _ in range(2))
     if sign == "minus":
         a, b = max(a, b), min(a, b)
+    return sum_turn(a, sign, b, rng)
+
+
+def sum_turn(a: int, sign: str, b: int, rng: random.Random) -> list[Turn]:
+    """Returns a question of arithmetic: a plus, minus or times b."""
     result = cardinal({"plus": a + b, "minus": a - b, "times": a * b}[sign])
     task = f"{cardinal(a)} {sign} {cardinal(b)}"
     asked = rng.choice(("What is {}?", "How much is {}?", "Calculate {}.", "Tell me what {} is."))
     answer = f"{task[0].upper()}{task[1:]} is {result}."
     return [Turn("arithmetic", task, asked.format(task), answer, f"is {result}", "ends")]
+
+
+def spelling_turn(word: str, rng: random.Random) -> list[Turn]:
+    """Returns a question for the letters of a word."""
+    asked = rng.choice(("How do you spell {}?", "Spell the word {}.", "Please spell {}.", "Spell {}."))
+    letters = ", ".join(word.upper()) + "."
+    return [Turn("spelling", word, asked.format(word), letters, letters, "exact")]
 
 
 def _counting(rng: random.Random) -> list[Turn]:

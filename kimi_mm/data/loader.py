@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kimi_mm.data.dialogs import make_dialogs
+from kimi_mm.data.drills import make_drills
 from kimi_mm.data.text import WORDS, Sentence
 from kimi_mm.errors import CheckpointError
 from kimi_mm.evaluation.normalize import normalize_english
@@ -289,8 +290,8 @@ class TextLoader(_Place):
         return np.arange(ends[-1]) + np.repeat(self.starts[chosen] - ends + sizes[chosen], sizes[chosen])
 
     def _dialogs(self) -> list[tuple[list[int], list[int], list[int]]]:
-        """Returns text, audio and labels of written dialogs."""
-        if not self.config.dialogs:
+        """Returns text, audio and labels of written dialogs and drills."""
+        if not (self.config.dialogs or self.config.drills):
             return []
         written, sentences = (
             [],
@@ -299,9 +300,10 @@ class TextLoader(_Place):
                 for row in read_texts(self.config.path)
             ],
         )
-        for dialog in make_dialogs(sentences, self.config.dialogs, seed=self.seed):
-            turns = ((("user", turn.question), ("assistant", turn.answer)) for turn in dialog.turns)
-            messages = [{"role": role, "content": said} for turn in turns for role, said in turn]
+        dialogs = [dialog.turns for dialog in make_dialogs(sentences, self.config.dialogs, seed=self.seed)]
+        for turns in itertools.chain(dialogs, make_drills(sentences, self.config.drills, seed=self.seed)):
+            said = ((("user", turn.question), ("assistant", turn.answer)) for turn in turns)
+            messages = [{"role": role, "content": text} for turn in said for role, text in turn]
             streams = self.processor.streams(messages, add_assistant_start=False)
             written.append((streams.text, streams.audio, streams.text_labels))
         return written

@@ -204,6 +204,13 @@ class SpokenLoader(_Place):
         rest = (answers, answer_lengths, text, audio, shown[0], shown[1], *map(np.concatenate, places))
         return SpokenBatch(*asked, *(torch.from_numpy(array) for array in rest))
 
+    def _spelled(self, text: str, number: int, codes: int) -> list[int]:
+        """Returns the ids of a sentence, some words by letter, unless that would take longer than to say it."""
+        rng = np.random.default_rng((self.seed, self.epoch, number))
+        one, several = self.config.spelled
+        ids = self.processor.tokenizer.encode_words(text, lambda ids: rng.random() < (several if ids > 1 else one))
+        return ids if len(ids) < self.processor.audio_delay + codes else self.processor.tokenizer.encode(text)
+
     def _streams(self, row: Row, question_lengths: np.ndarray, answer_lengths: np.ndarray, first: int) -> Streams:
         messages = []
         for k, exchange in enumerate(row):
@@ -214,7 +221,8 @@ class SpokenLoader(_Place):
                 messages.append({"role": "user", "content": [{"type": "audio", "num_codes": asked}]})
             elif exchange.written:
                 messages.append({"role": "user", "content": exchange.written})
-            words = self.targets.utterances[exchange.answer].text
-            content = [{"type": "text", "text": words}, {"type": "audio", "num_codes": said}]
-            messages.append({"role": "assistant", "content": content})
+            words = {"type": "text", "text": self.targets.utterances[exchange.answer].text}
+            if not self.dialogs and any(self.config.spelled):
+                words["ids"] = self._spelled(words["text"], exchange.answer, said)
+            messages.append({"role": "assistant", "content": [words, {"type": "audio", "num_codes": said}]})
         return self.processor.streams(messages, output="speech", add_assistant_start=False)

@@ -5,6 +5,8 @@
                                                               ▲                    │
                                                               └────────────────────┘
 
+Rows of text and rows that speak are two such batches, which step in turn: text alone needs neither the audio branch nor
+a cache for it.
 A row gets the ids that it would get alone, whether it is answered in text or in text and speech. Everything here runs
 on one thread; `kimi_mm.serving.engine` owns it.
 Shapes: B rows, T prompt positions, D hidden size, V text vocabulary.
@@ -13,7 +15,7 @@ Shapes: B rows, T prompt positions, D hidden size, V text vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -76,6 +78,11 @@ class Row:
     fed: list[tuple[int, int]] = field(default_factory=list)
 
     @property
+    def aloud(self) -> bool:
+        """Whether it is answered in speech, too."""
+        return False
+
+    @property
     def longest(self) -> int:
         """Most positions that the row can come to hold."""
         return len(self.prompt) + self.sampling.max_tokens
@@ -98,6 +105,10 @@ class SpokenRow(Row):
     last: bool = True
 
     @property
+    def aloud(self) -> bool:
+        return True
+
+    @property
     def longest(self) -> int:
         return len(self.prompt) + self.reply.longest
 
@@ -111,8 +122,79 @@ class News:
     code: int | None = None
 
 
+class _Group:
+    """Rows of one kind, which share every step; those of text have no cache for the audio branch and do not run it.
+
+    Args:
+        model: whose streams are decoded.
+        aloud: rows answer in text and speech.
+    """
+
+    def __init__(self, model: KimiMM, aloud: bool) -> None:
+        self.kimi, self.aloud = model, aloud
+        self.rows: list[Row] = []
+        self.hidden: list[torch.Tensor] = []  # [B, 1, D] of each branch, where each row's next ids are chosen
+        self.cache: BackboneCache | None = None
+        empty = model.model.backbone.new_cache(1, device="cpu", audio=aloud)
+        self._layers = len(empty.layers)
+        self._fixed, self._per_token = _row_bytes(empty)
+
+    def bytes_for(self, rows: Sequence[Row]) -> int:
+        """Bytes that caches of such rows can grow to: buffers are as long as the longest row, and double."""
+        longest = max((row.longest for row in rows), default=0)
+        return len(rows) * (self._fixed + 2 * longest * self._per_token)
+
+    def read(self, prompts: Sequence[Prompt], cache: BackboneCache | None = None) -> Kept:
+        """Reads prompts, after what a cache holds; returns where they end."""
+        if cache is None:
+            cache = self.kimi.model.backbone.new_cache(len(prompts), audio=self.aloud)
+        inputs = self.kimi.processor.collate(
+            [prompt.streams for prompt in prompts],
+            [prompt.clips for prompt in prompts],
+            [prompt.items for prompt in prompts],
+        ).to(self.kimi.device)
+        last = torch.arange(len(prompts), device=inputs.lengths.device), inputs.lengths - 1
+        return Kept(cache, [branch[last][:, None] for branch in _branches(self.kimi.model(inputs, cache))])
+
+    def copy_of(self, kept: Kept) -> Kept:
+        """Returns a copy without what these rows do not need."""
+        cache = replace(kept.cache, layers=kept.cache.layers[: self._layers]).clone()
+        return Kept(cache, kept.hidden if self.aloud else kept.hidden[:1])
+
+    def join(self, rows: Sequence[Row], parts: Sequence[Kept]) -> None:
+        """Adds rows, given what they hold, in order."""
+        if not rows:
+            return
+        running = [] if self.cache is None else [Kept(self.cache, self.hidden)]
+        parts = [*running, *parts]
+        self.cache = BackboneCache.join([part.cache for part in parts])
+        self.hidden = [torch.cat(branch) for branch in zip(*(part.hidden for part in parts), strict=True)]
+        self.rows.extend(rows)
+
+    def kept(self, row: Row) -> Kept:
+        """Returns a copy of what a running row holds."""
+        assert self.cache is not None
+        slot = self.rows.index(row)
+        return Kept(self.cache.row(slot, row.held), [branch[slot, None].clone() for branch in self.hidden])
+
+    def step(self, chosen: Sequence[tuple[int, int]]) -> None:
+        """Feeds every row its text and audio id."""
+        if self.cache is not None:
+            ids = torch.tensor(chosen, device=self.kimi.device)
+            self.hidden = _branches(self.kimi.model.step(ids[:, 0], ids[:, 1], self.cache))
+
+    def keep(self, slots: list[int]) -> None:
+        """Lets all rows but these go."""
+        self.rows = [self.rows[slot] for slot in slots]
+        if not slots or self.cache is None:
+            self.cache, self.hidden = None, []
+            return
+        self.cache = self.cache.select(slots).trim(max(row.held for row in self.rows))
+        self.hidden = [branch[slots] for branch in self.hidden]
+
+
 class RunningBatch:
-    """Rows that decode together.
+    """Rows that decode together: those of text, and beside them those that speak.
 
     Args:
         model: whose streams are decoded.
@@ -124,17 +206,18 @@ class RunningBatch:
     def __init__(self, model: KimiMM, cache_bytes: int = 2**30, max_rows: int = 16, reuse_bytes: int = 2**27) -> None:
         self.kimi, self.cache_bytes, self.max_rows = model, cache_bytes, max_rows
         self.prefixes = Prefixes(reuse_bytes)
-        self.rows: list[Row] = []
-        self._cache: BackboneCache | None = None
-        self._hidden: list[torch.Tensor] = []  # [B, 1, D] of each branch, where each row's next ids are chosen
+        self._written, self._spoken = self._groups = _Group(model, False), _Group(model, True)
         vocab = model.config.vocab
         self._eos, self._blank = vocab.special("text_eos"), vocab.special("text_blank")
-        self._fixed, self._per_token = _row_bytes(model)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows at work."""
+        return [*self._written.rows, *self._spoken.rows]
 
     def bytes_for(self, rows: Sequence[Row]) -> int:
-        """Returns what caches of these rows can grow to: buffers are as long as the longest row, and double."""
-        longest = max((row.longest for row in rows), default=0)
-        return len(rows) * (self._fixed + 2 * longest * self._per_token)
+        """Returns what caches of these rows can grow to."""
+        return sum(group.bytes_for(_of(group, rows)) for group in self._groups)
 
     def fits(self, row: Row, with_rows: Sequence[Row] | None = None) -> bool:
         """Tells whether a row may join the running rows (or `with_rows`) now."""
@@ -143,102 +226,80 @@ class RunningBatch:
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[Row]) -> None:
-        """Reads the prompts of new rows, together, and adds them to the batch.
+        """Reads the prompts of new rows, those of a kind together, and adds them to the batch.
 
         Raises:
             UserError: a prompt cannot be used; none of the new rows has joined then.
         """
+        for group, joined, parts in [(group, *self._read(group, _of(group, rows))) for group in self._groups]:
+            group.join(joined, parts)
+            for row in joined:
+                if row.kept and row.reused < len(row.prompt):
+                    self._remember(group, row)
+
+    def _read(self, group: _Group, rows: Sequence[Row]) -> tuple[list[Row], list[Kept]]:
+        """Reads what of the rows' prompts has not been read in an earlier turn; returns rows and what they hold."""
         fresh: list[Row] = []
-        parts: list[tuple[list[Row], BackboneCache, list[torch.Tensor]]] = []
+        whole: list[tuple[Row, Kept]] = []
         going_on: list[tuple[Row, Prompt, Kept]] = []
         for row in rows:
             row.reused = 0
-            if not row.kept or (found := self.prefixes.find(row.prompt.places)) is None:
+            found = self.prefixes.find(row.prompt.places, row.aloud) if row.kept else None
+            rest = None if found is None else row.prompt.after(found[0])
+            if found is None or rest is None:
                 fresh.append(row)
                 continue
-            length, kept = found
-            rest = row.prompt.after(length)
-            if rest is None:
-                fresh.append(row)
-                continue
-            row.reused = length
+            row.reused, kept = found[0], group.copy_of(found[1])
             if len(rest):
                 going_on.append((row, rest, kept))
             else:
-                parts.append(([row], kept.cache.clone(), kept.hidden))
+                whole.append((row, kept))
+        parts = [kept for _, kept in whole]
         if fresh:
-            cache = self.kimi.model.backbone.new_cache(len(fresh))
-            parts.append((fresh, cache, self._read([row.prompt for row in fresh], cache)))
+            parts.append(group.read([row.prompt for row in fresh]))
         if going_on:
-            cache = BackboneCache.join([kept.cache.clone() for _, _, kept in going_on])
-            hidden = self._read([rest for _, rest, _ in going_on], cache)
-            parts.append(([row for row, _, _ in going_on], cache, hidden))
-        joined = [row for part, _, _ in parts for row in part]
-        cache = BackboneCache.join([*([] if self._cache is None else [self._cache]), *(part for _, part, _ in parts)])
-        hidden = [*([self._hidden] if self._hidden else []), *(part for _, _, part in parts)]
-        self._cache, self._hidden = cache, [torch.cat(branch) for branch in zip(*hidden, strict=True)]
-        self.rows.extend(joined)
-        for row in joined:
-            if row.kept and row.reused < len(row.prompt):
-                self._remember(row)
+            cache = BackboneCache.join([kept.cache for _, _, kept in going_on])
+            parts.append(group.read([rest for _, rest, _ in going_on], cache))
+        return [*(row for row, _ in whole), *fresh, *(row for row, _, _ in going_on)], parts
 
-    def _read(self, prompts: Sequence[Prompt], cache: BackboneCache) -> list[torch.Tensor]:
-        """Reads prompts into a cache; returns the hidden states [B, 1, D] of each one's last position."""
-        inputs = self.kimi.processor.collate(
-            [prompt.streams for prompt in prompts],
-            [prompt.clips for prompt in prompts],
-            [prompt.items for prompt in prompts],
-        ).to(self.kimi.device)
-        last = torch.arange(len(prompts), device=inputs.lengths.device), inputs.lengths - 1
-        return [branch[last][:, None] for branch in _branches(self.kimi.model(inputs, cache))]
-
-    def _remember(self, row: Row) -> None:
+    def _remember(self, group: _Group, row: Row) -> None:
         """Keeps the state of a running row as it is."""
-        if self._cache is None or not self.prefixes.most_bytes:
-            return
-        slot = self.rows.index(row)
-        kept = Kept(self._cache.row(slot, row.held), [branch[slot, None].clone() for branch in self._hidden])
-        self.prefixes.keep(np.concatenate([row.prompt.places, fed(row.fed)]), kept)
+        if self.prefixes.most_bytes:
+            places = np.concatenate([row.prompt.places, fed(row.fed)])
+            self.prefixes.keep(places, group.kept(row))
 
     @torch.inference_mode()
     def step(self) -> list[News]:
-        """Chooses the next ids of every row and runs one step. Rows that ended have left."""
-        if self._cache is None:
-            return []
-        written = [slot for slot, row in enumerate(self.rows) if not isinstance(row, SpokenRow)]
-        spoken = [slot for slot, row in enumerate(self.rows) if isinstance(row, SpokenRow)]
-        chosen: dict[int, tuple[int, int]] = {}  # text and audio id of each slot
-        news: dict[int, News] = {}
-        if written:
-            for slot, token in zip(written, self._texts(written), strict=True):
-                chosen[slot] = token, self._blank
-                news[slot] = News(self.rows[slot], self._take(self.rows[slot], token))
-        if spoken:
-            for slot, ids in zip(spoken, self._speech(spoken), strict=True):
-                chosen[slot] = ids
-                news[slot] = self._take_spoken(self.rows[slot], *ids)
-        for row in self.rows:
+        """Chooses the next ids of every row and runs one step of each kind. Rows that ended have left."""
+        return [news for group in self._groups if group.rows for news in self._step(group)]
+
+    def _step(self, group: _Group) -> list[News]:
+        if group.aloud:
+            chosen = self._speech(group)
+            told = [self._take_spoken(row, *ids) for row, ids in zip(group.rows, chosen, strict=True)]
+        else:
+            texts = self._texts(group)
+            chosen = [(token, self._blank) for token in texts]
+            told = [News(row, self._take(row, token)) for row, token in zip(group.rows, texts, strict=True)]
+        for row in group.rows:
             if row.kept and row.stop_reason in ("eos", "budget"):
-                self._remember(row)
-        keep = [slot for slot, row in enumerate(self.rows) if row.stop_reason is None]
-        told = [news[slot] for slot in range(len(self.rows))]
-        if len(keep) < len(self.rows):
-            self._keep(keep)
-        if self._cache is not None:
-            for row, slot in zip(self.rows, keep, strict=True):
-                row.fed.append(chosen[slot])
-            ids = torch.tensor([chosen[slot] for slot in keep], device=self.kimi.device)
-            self._hidden = _branches(self.kimi.model.step(ids[:, 0], ids[:, 1], self._cache))
+                self._remember(group, row)
+        keep = [slot for slot, row in enumerate(group.rows) if row.stop_reason is None]
+        if len(keep) < len(group.rows):
+            group.keep(keep)
+        chosen = [chosen[slot] for slot in keep]
+        for row, ids in zip(group.rows, chosen, strict=True):
+            row.fed.append(ids)
+        group.step(chosen)
         return told
 
-    def _texts(self, slots: list[int]) -> list[int]:
+    def _texts(self, group: _Group) -> list[int]:
         """Chooses the next id of rows of text."""
-        logits = text_logits(self.kimi.model, self._hidden[0][slots])
+        logits = text_logits(self.kimi.model, group.hidden[0])
         ids = logits.argmax(-1).tolist()
-        for place, slot in enumerate(slots):
-            row = self.rows[slot]
+        for slot, row in enumerate(group.rows):
             if row.sampling.temperature > 0:
-                ids[place] = int(choose_text(logits[place, None], row.sampling, row.generator))
+                ids[slot] = int(choose_text(logits[slot, None], row.sampling, row.generator))
         return ids
 
     def _take(self, row: Row, token: int) -> int | None:
@@ -255,10 +316,10 @@ class RunningBatch:
             row.stop_reason = "budget"
         return token
 
-    def _speech(self, slots: list[int]) -> list[tuple[int, int]]:
+    def _speech(self, group: _Group) -> list[tuple[int, int]]:
         """Chooses the next ids of both streams of rows that speak."""
-        replies = [row.reply for slot in slots if isinstance(row := self.rows[slot], SpokenRow)]
-        text, audio = (branch[slots, -1] for branch in self._hidden)
+        replies = [row.reply for row in group.rows if isinstance(row, SpokenRow)]
+        text, audio = (branch[:, -1] for branch in group.hidden)
         return list(zip(*next_ids(self.kimi.model, replies, text, audio), strict=True))
 
     def _take_spoken(self, row: Row, text: int, audio: int) -> News:
@@ -274,26 +335,22 @@ class RunningBatch:
     def drop(self, rows: Sequence[Row]) -> None:
         """Takes rows out at once, wherever they stand; what they held is free."""
         gone = set(map(id, rows))
-        keep = [slot for slot, row in enumerate(self.rows) if id(row) not in gone]
-        if len(keep) < len(self.rows):
-            with torch.inference_mode():
-                self._keep(keep)
+        for group in self._groups:
+            keep = [slot for slot, row in enumerate(group.rows) if id(row) not in gone]
+            if len(keep) < len(group.rows):
+                with torch.inference_mode():
+                    group.keep(keep)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the caches as they are."""
-        if self._cache is None:
-            return 0
-        return sum(_size(tensor) for layer in self._cache.layers for tensor in layer.tensors().values())
+        layers = [layer for group in self._groups if group.cache is not None for layer in group.cache.layers]
+        return sum(_size(tensor) for layer in layers for tensor in layer.tensors().values())
 
-    def _keep(self, slots: list[int]) -> None:
-        self.rows = [self.rows[slot] for slot in slots]
-        if not slots or self._cache is None:
-            self._cache, self._hidden = None, []
-            return
-        longest = max(row.held for row in self.rows)
-        self._cache = self._cache.select(slots).trim(longest)
-        self._hidden = [branch[slots] for branch in self._hidden]
+
+def _of(group: _Group, rows: Sequence[Row]) -> list[Row]:
+    """The rows that are of a group's kind."""
+    return [row for row in rows if row.aloud == group.aloud]
 
 
 def _branches(output: ModelOutput) -> list[torch.Tensor]:
@@ -301,10 +358,10 @@ def _branches(output: ModelOutput) -> list[torch.Tensor]:
     return [output.text_hidden] if output.audio_hidden is None else [output.text_hidden, output.audio_hidden]
 
 
-def _row_bytes(model: KimiMM) -> tuple[int, int]:
-    """Bytes that one row holds whatever its length, and bytes for each of its positions."""
+def _row_bytes(cache: BackboneCache) -> tuple[int, int]:
+    """Bytes that a row of an empty cache holds whatever its length, and bytes for each of its positions."""
     fixed = per_token = 0
-    for state in model.model.backbone.new_cache(1, device="cpu").layers:
+    for state in cache.layers:
         if isinstance(state, KDAState):
             fixed += sum(_size(tensor) for tensor in state.tensors().values())
         else:

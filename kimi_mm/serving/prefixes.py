@@ -22,7 +22,7 @@ from kimi_mm.processing import AudioClip, Streams
 from kimi_mm.text.cache import BackboneCache
 from kimi_mm.vision.processing import VisionItem
 
-Key = tuple[int, bytes]  # positions, and their digest
+Key = tuple[int, bytes, bool]  # positions, their digest, and whether the audio branch has read them, too
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Kept:
 
     cache: BackboneCache
     hidden: list[torch.Tensor]
+
+    @property
+    def aloud(self) -> bool:
+        """Whether the audio branch has read the row, too."""
+        return len(self.hidden) > 1
 
     @property
     def bytes(self) -> int:
@@ -58,7 +63,7 @@ class Prefixes:
         """Keeps the state after positions [T, 6], see `places_of`, if it is not larger than all the memory there is."""
         if kept.bytes > self.most_bytes:
             return
-        key = len(places), _digest(places)
+        key = len(places), _digest(places), kept.aloud
         if (before := self._kept.pop(key, None)) is not None:
             self.held_bytes -= before.bytes
         self._kept[key] = kept
@@ -67,14 +72,20 @@ class Prefixes:
             _, gone = self._kept.popitem(last=False)
             self.held_bytes -= gone.bytes
 
-    def find(self, places: np.ndarray) -> tuple[int, Kept] | None:
-        """Returns the longest kept state of the first positions of [T, 6], and how many those are."""
+    def find(self, places: np.ndarray, aloud: bool = False) -> tuple[int, Kept] | None:
+        """Returns the longest kept state of the first positions of [T, 6], and how many those are.
+
+        Args:
+            aloud: for an answer in speech, which needs what the audio branch read; text takes either.
+        """
         found, read, hasher = None, 0, hashlib.blake2b(digest_size=32)
-        for length in sorted({length for length, _ in self._kept if length <= len(places)}):
+        for length in sorted({length for length, *_ in self._kept if length <= len(places)}):
             hasher.update(places[read:length].tobytes())
             read = length
-            if (key := (length, hasher.digest())) in self._kept:
-                found = key
+            digest = hasher.digest()
+            for kind in (True,) if aloud else (True, False):
+                if (key := (length, digest, kind)) in self._kept:
+                    found = key
         if found is None:
             self.misses += 1
             return None

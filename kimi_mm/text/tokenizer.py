@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from kimi_mm.errors import CheckpointError
+
+_WORD = re.compile(r"(\s*[A-Za-z])([A-Za-z]*)([^\w\s']*)")  # its first letter, the others, and the signs behind it
 
 
 class TextTokenizer:
@@ -85,6 +87,29 @@ class TextTokenizer:
         """
         pieces = re.findall(r"\s*\S|\s+", _lead(text) if self.leads else text)
         return [id for piece in pieces for id in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def encode_words(self, text: str, by_letter: Callable[[int], bool]) -> list[int]:
+        """Returns ids of a text in which some words stand letter by letter, as for what is read out: sounds are learnt
+        from letters sooner than from the pieces that a rare word falls into.
+
+        They decode to the same text as those of `encode`.
+
+        Args:
+            by_letter: told how many ids a word has (without the signs behind it), says whether it is given by letter.
+        """
+
+        def encode(piece: str) -> list[int]:
+            return self._tokenizer.encode(piece, add_special_tokens=False).ids
+
+        ids: list[int] = []
+        for word in re.findall(r"\s*\S+|\s+", _lead(text) if self.leads else text):
+            whole = encode(word)
+            if match := _WORD.fullmatch(word):
+                first, letters, signs = match.groups()
+                if by_letter(len(encode(first + letters))):
+                    whole = [id for piece in (first, *letters, signs) for id in encode(piece)]
+            ids += whole
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""

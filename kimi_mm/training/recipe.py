@@ -94,12 +94,14 @@ class TextDataConfig(Config):
         row_tokens: of a row.
         batch_rows: rows of a batch.
         dialogs: written ones among the sentences (see `kimi_mm.data.dialogs`).
+        drills: single questions of arithmetic and spelling among them (see `kimi_mm.data.drills`).
     """
 
     path: str = ""
     row_tokens: int = 256
     batch_rows: int = 64
     dialogs: int = 0
+    drills: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

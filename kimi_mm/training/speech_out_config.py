@@ -89,6 +89,8 @@ class SpokenDataConfig(Config):
         batch_seconds: of answers in a batch; questions come on top.
         buckets: seconds that the longest recording of a row may have; longer ones are dropped.
         written_share: of the questions that are written instead of spoken.
+        spelled: shares of the words of one id, and of those of several, that a sentence to be read out is given by
+            letter (`TextTokenizer.encode_words`); for models that spell.
     """
 
     targets: tuple[str, ...] = ()
@@ -96,9 +98,12 @@ class SpokenDataConfig(Config):
     batch_seconds: float = 320.0
     buckets: tuple[float, ...] = (2.56, 3.84, 5.12, 7.68, 10.24)
     written_share: float = 0.15
+    spelled: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         if any(b <= 0 or abs(b / SECONDS_PER_CODE - round(b / SECONDS_PER_CODE)) > 1e-6 for b in self.buckets):
             raise ConfigError(f"buckets={list(self.buckets)} must be multiples of 0.08, above 0.")
         if not 0 <= self.written_share <= 1 or self.batch_seconds <= 0:
             raise ConfigError("written_share must lie in [0, 1], batch_seconds above 0.")
+        if len(self.spelled) != 2 or not all(0 <= share <= 1 for share in self.spelled):
+            raise ConfigError(f"spelled={list(self.spelled)} must be two shares in [0, 1].")

@@ -165,6 +165,32 @@ def test_memory_is_bounded_and_the_longest_unused_goes_first(able):
     assert len(small) == 0
 
 
+def test_text_goes_on_from_either_kind_of_state_and_speech_from_its_own(able):
+    """Rows of text do not run the audio branch, so what they leave behind is no start for a spoken answer."""
+    prompt = Prompt(*able.read([ASKED[2]], "text"))
+
+    def written() -> Row:
+        return Row(prompt, TextSampling(max_tokens=5), kept=True)
+
+    def spoken() -> SpokenRow:
+        sampling = SpeechSampling(max_text_tokens=5, max_audio_codes=12, min_audio_codes=5)
+        return spoken_row(able, prompt, sampling, torch.Generator().manual_seed(3))
+
+    alone: list[Row] = [written(), spoken()]
+    run(RunningBatch(able, reuse_bytes=0), alone)
+    for first, then in itertools.permutations((written, spoken)):
+        batch, rows = RunningBatch(able), [first(), then()]
+        run(batch, rows[:1])
+        run(batch, rows[1:])
+        assert (rows[1].reused == len(prompt)) == (first is spoken)
+        for row in rows:
+            twin = alone[row.aloud]
+            assert row.ids == twin.ids
+            if isinstance(row, SpokenRow) and isinstance(twin, SpokenRow):
+                assert row.reply.result == twin.reply.result
+    assert able.model.backbone.new_cache(1, audio=False).layers  # the branch is what is left out, not all
+
+
 def test_prompts_are_cut_between_turns_only(able):
     prompt = Prompt(*able.read([ASKED[0], {"role": "assistant", "content": "dogs"}, ASKED[1]]))
     picture = [at for at, item in enumerate(prompt.streams.item_index) if item == 0]
