@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,8 +222,9 @@ class SpokenLoader(_Place):
                 messages.append({"role": "user", "content": [{"type": "audio", "num_codes": asked}]})
             elif exchange.written:
                 messages.append({"role": "user", "content": exchange.written})
-            words = {"type": "text", "text": self.targets.utterances[exchange.answer].text}
+            words: dict[str, Any] = {"type": "text", "text": self.targets.utterances[exchange.answer].text}
             if not self.dialogs and any(self.config.spelled):
-                words["ids"] = self._spelled(words["text"], exchange.answer, said)
+                ids = self._spelled(words["text"], exchange.answer, said)
+                words |= {"ids": ids} if ids != self.processor.tokenizer.encode(words["text"]) else {}
             messages.append({"role": "assistant", "content": [words, {"type": "audio", "num_codes": said}]})
         return self.processor.streams(messages, output="speech", add_assistant_start=False)

@@ -6,6 +6,7 @@ import pytest
 
 from kimi_mm.data.dialog_sets import prepare_dialogs, read_dialogs
 from kimi_mm.data.dialogs import KINDS, is_held_out, make_dialogs
+from kimi_mm.data.drills import make_drills
 from kimi_mm.data.loader import SpeechShards
 from kimi_mm.data.manifest import ManifestError
 from kimi_mm.data.numbers import cardinal
@@ -45,6 +46,26 @@ def test_what_is_tested_was_never_trained(sentences):
             assert side == held_out
         keys[held_out] = {(turn.kind, turn.key) for turn in turns}
     assert not keys[False] & keys[True]
+
+
+def test_drills_hold_nothing_that_is_tested_and_are_right(sentences):
+    drills = make_drills(sentences, 3000, seed=4)
+    assert drills == make_drills(sentences, 3000, seed=4)
+    assert make_drills(sentences, 0) == []
+    number = {cardinal(n): n for n in range(2001)}
+    sums = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
+    spelled, largest = set(), 0
+    for [turn] in drills:
+        assert not is_held_out(turn.kind, turn.key)
+        if turn.kind == "spelling":
+            assert turn.answer == ", ".join(turn.key.upper()) + "."
+            spelled.add(turn.key)
+            continue
+        a, sign, b = re.fullmatch(r"(.+) (plus|minus|times) (.+)", turn.key).groups()
+        assert turn.answer.endswith(f"is {cardinal(sums[sign](number[a], number[b]))}.")
+        largest = max(largest, number[a], number[b])
+    assert spelled == {word for word in (*WORDS, "the", "near") if not is_held_out("spelling", word)}
+    assert 150 < largest <= 200
 
 
 def test_answers_are_right(sentences):

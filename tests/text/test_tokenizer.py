@@ -29,6 +29,30 @@ def test_letters_decode_to_the_same_text(tokenizer, text, lead):
     assert len(ids) >= len(text.replace(" ", ""))
 
 
+@pytest.mark.parametrize(
+    "text", [*TEXTS, 'I don\'t jump; "quickly" they do (or not), well-known 12th', "two  spaces ", ""]
+)
+def test_words_by_letter_decode_to_the_same_text(tokenizer, text):
+    plain = tokenizer.encode(text)
+    assert tokenizer.encode_words(text, lambda ids: False) == plain
+    everything = tokenizer.encode_words(text, lambda ids: True)
+    assert tokenizer.decode(everything) == tokenizer.decode(plain)
+
+
+def test_words_by_letter_are_those_that_were_chosen(tokenizer):
+    asked = []
+
+    def several(ids: int) -> bool:
+        asked.append(ids)
+        return ids > 1
+
+    ids = tokenizer.encode_words("The quack, don't over 2 fox.", several)
+    shown = [tokenizer.decode([i]) for i in ids]
+    assert asked == [1, len(tokenizer.encode("quack")), 1, 1]  # words with an apostrophe and numbers are never chosen
+    assert shown[:7] == ["The", "q", "u", "a", "c", "k", ","]
+    assert ids[7:] == tokenizer.encode("don't over 2 fox.")
+
+
 def test_saved_tokenizer_is_equal(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json(), encoding="utf-8")

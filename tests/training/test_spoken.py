@@ -69,6 +69,31 @@ def expected(loader, objective, row, samples):
     return loader.processor.streams(messages, output="speech", add_assistant_start=False)
 
 
+def test_words_of_sentences_stand_by_letter_and_are_then_not_learnt(parts):
+    recipe, given, objective = parts
+    tokenizer = TextTokenizer.train(["buzz hum beep"] * 9, given.vocab.num_text_tokens)  # made-up speech, an id a word
+    processor = Processor(given.vocab, tokenizer, audio_delay=40)
+    loader = SpokenLoader(recipe.spoken.replace(spelled=(0.4, 1.0)), processor, 0, dialogs=False)
+    spelled = learnt = 0
+    for (_, rows), batch in zip(loader._plan(0)[:6], loader, strict=False):
+        labelled = set((batch.text_positions // batch.text_ids.shape[1]).tolist())
+        for b, [exchange] in enumerate(rows):
+            item = loader.targets.utterances[exchange.answer]
+            ids = loader._spelled(item.text, exchange.answer, -(-item.samples // 1920))
+            assert batch.text_ids[b, 1 : 1 + len(ids)].tolist() == ids
+            assert processor.tokenizer.decode(ids) == item.text
+            by_letter = ids != processor.tokenizer.encode(item.text)
+            assert (b in labelled) == (not by_letter)
+            spelled, learnt = spelled + by_letter, learnt + (not by_letter)
+        metrics = objective(batch, False)
+        assert torch.isfinite(metrics["loss"])
+        if not labelled:
+            assert metrics["speak_text"] == 0
+    assert spelled and learnt
+    plain = SpokenLoader(recipe.spoken, processor, 0, dialogs=False)
+    assert all(len(batch.text_labels) for _, batch in zip(range(6), plain, strict=False))
+
+
 @pytest.mark.parametrize("dialogs", [False, True])
 def test_batches_are_laid_out_as_the_processor_does(parts, dialogs):
     recipe, processor, objective = parts
