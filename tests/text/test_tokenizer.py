@@ -47,10 +47,11 @@ def test_words_by_letter_are_those_that_were_chosen(tokenizer):
         return ids > 1
 
     ids = tokenizer.encode_words("The quack, don't over 2 fox.", several)
-    shown = [tokenizer.decode([i]) for i in ids]
     assert asked == [1, len(tokenizer.encode("quack")), 1, 1]  # words with an apostrophe and numbers are never chosen
-    assert shown[:7] == ["The", "q", "u", "a", "c", "k", ","]
-    assert ids[7:] == tokenizer.encode("don't over 2 fox.")
+    rest = tokenizer.encode("don't over 2 fox.")
+    shown = [tokenizer.decode([i]) for i in ids[: -len(rest)]]
+    assert list(filter(None, shown)) == ["The", "q", "u", "a", "c", "k", ","]
+    assert ids[-len(rest) :] == rest
 
 
 def test_saved_tokenizer_is_equal(tokenizer, tmp_path):

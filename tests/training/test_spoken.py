@@ -89,7 +89,8 @@ def test_words_of_sentences_stand_by_letter_and_are_then_not_learnt(parts):
         assert torch.isfinite(metrics["loss"])
         if not labelled:
             assert metrics["speak_text"] == 0
-    assert spelled and learnt
+    assert spelled
+    assert learnt
     plain = SpokenLoader(recipe.spoken, processor, 0, dialogs=False)
     assert all(len(batch.text_labels) for _, batch in zip(range(6), plain, strict=False))
 
