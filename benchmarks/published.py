@@ -187,7 +187,7 @@ def _events(
     """Yields, step by step, how many samples of sound came out."""
     most = settings.first_chunk_codes + count
     sampling = SpeechSampling(max_audio_codes=most, min_audio_codes=most, max_text_tokens=most + 6)
-    inputs = ModelInputs(ids[0], ids[1], torch.tensor([ids.shape[2]]))
+    inputs = ModelInputs(ids[0], ids[1], torch.tensor([ids.shape[2]], device=ids.device))
     out = detokenizer.stream(streaming=settings)
     use = graphs if ids.is_cuda else None
     for [step] in TwoStreams(model, inputs, sampling=sampling, graphs=use):

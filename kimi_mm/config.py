@@ -392,7 +392,6 @@ class VocabConfig(Config):
 class ModelConfig(Config):
     """A whole model. `audio_delay` is the number of steps by which the audio stream trails the text stream.
 
-    A model that `spells` reads out words of several ids by their letters (`Layout.reading`).
     A model that does not hear (`hears=False`: Kimi-Linear, K2) has no audio stream either; `audio` means nothing then.
     """
 
@@ -404,7 +403,6 @@ class ModelConfig(Config):
     detokenizer: DetokenizerConfig | None = None  # None: no voice
     vocab: VocabConfig = field(default_factory=VocabConfig)
     audio_delay: int = 6
-    spells: bool = False
 
     def __post_init__(self) -> None:
         if self.backbone.vocab_size != self.vocab.size:

@@ -93,13 +93,10 @@ class Layout:
         vocab: ids of the joint vocabulary.
         tokenizer: of the text.
         audio_delay: steps by which the audio of a reply trails its text, `ModelConfig.audio_delay`.
-        spells: what is read out is given by letter where a word has several ids, `ModelConfig.spells`.
     """
 
-    def __init__(
-        self, vocab: VocabConfig, tokenizer: TextTokenizer, audio_delay: int = 6, spells: bool = False
-    ) -> None:
-        self.vocab, self.spells = vocab, spells
+    def __init__(self, vocab: VocabConfig, tokenizer: TextTokenizer, audio_delay: int = 6) -> None:
+        self.vocab = vocab
         self.tokenizer = tokenizer
         self.audio_delay = audio_delay
         self.ids = vocab.specials
@@ -160,12 +157,6 @@ class Layout:
         if add_assistant_start:
             streams.add(ids["assistant_start"], blank)
         return streams
-
-    def reading(self, text: str) -> list[int]:
-        """Returns the ids by which a text is given that is to be read out."""
-        if not self.spells:
-            return self.tokenizer.encode(text)
-        return self.tokenizer.encode_words(text, lambda ids: ids > 1)
 
     def transcription(self, num_codes: int, text: str | None = None) -> Streams:
         """Lays out speech recognition of one clip; with `text`, the answer follows and carries the labels."""

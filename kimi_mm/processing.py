@@ -90,7 +90,7 @@ class Processor(Layout):
         vocab: ids of the joint vocabulary.
         tokenizer: of the text.
         vision: reads pictures and clips; None for a model without eyes.
-        audio_delay, spells: as for `Layout`.
+        audio_delay: steps by which the audio of a reply trails its text, `ModelConfig.audio_delay`.
     """
 
     def __init__(
@@ -99,9 +99,8 @@ class Processor(Layout):
         tokenizer: TextTokenizer,
         vision: VisionProcessor | None = None,
         audio_delay: int = 6,
-        spells: bool = False,
     ) -> None:
-        super().__init__(vocab, tokenizer, audio_delay, spells)
+        super().__init__(vocab, tokenizer, audio_delay)
         self.vision = vision
 
     def see(self, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[VisionItem]]:

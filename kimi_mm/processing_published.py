@@ -34,7 +34,7 @@ def processor_for(config: ModelConfig, tokenizer: TextTokenizer) -> Processor:
     kind = Processor
     if config.vocab.special_ids is not None:
         kind = KimiAudioProcessor if config.hears else K2Processor
-    return kind(config.vocab, tokenizer, vision, config.audio_delay, config.spells)
+    return kind(config.vocab, tokenizer, vision, config.audio_delay)
 
 
 class KimiAudioProcessor(Processor):

@@ -76,7 +76,7 @@ class Speaker:
                 self.engine.model,
                 prompt,
                 sampling=within(self.sampling, sentence),
-                forced=[processor.reading(sentence)],
+                forced=[processor.tokenizer.encode(sentence)],
                 generator=self.generator,
             )
             for sentence in sentences

@@ -88,7 +88,7 @@ async def read_out(engine: Engine, text: str) -> AsyncGenerator[WavePiece, None]
     voice = Voice(open_voice(model, generator))
     prompt = Prompt(model.processor.streams([], output="speech"))
     for number, sentence in enumerate(sentences, start=1):
-        said = model.processor.reading(sentence)
+        said = model.processor.tokenizer.encode(sentence)
         reply = Reply(model.config.vocab, model.config.audio_delay, within(SpeechSampling(), sentence), said, generator)
         row = SpokenRow(prompt, reply=reply, voice=voice, last=number == len(sentences))
         async with engine.speech(row) as given:

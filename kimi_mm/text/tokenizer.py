@@ -89,8 +89,8 @@ class TextTokenizer:
         return [id for piece in pieces for id in self._tokenizer.encode(piece, add_special_tokens=False).ids]
 
     def encode_words(self, text: str, by_letter: Callable[[int], bool]) -> list[int]:
-        """Returns ids of a text in which some words stand letter by letter, as for what is read out: sounds are learnt
-        from letters sooner than from the pieces that a rare word falls into.
+        """Returns ids of a text in which some words stand letter by letter: who learns from both to read out says words
+        of pieces that it rarely met better.
 
         They decode to the same text as those of `encode`.
 

@@ -89,8 +89,8 @@ class SpokenDataConfig(Config):
         batch_seconds: of answers in a batch; questions come on top.
         buckets: seconds that the longest recording of a row may have; longer ones are dropped.
         written_share: of the questions that are written instead of spoken.
-        spelled: shares of the words of one id, and of those of several, that a sentence to be read out is given by
-            letter (`TextTokenizer.encode_words`); for models that spell.
+        spelled: shares of the words of one id, and of those of several, that stand by letter in a sentence to be read
+            out (`TextTokenizer.encode_words`): what BPE dropout is to translation.
     """
 
     targets: tuple[str, ...] = ()

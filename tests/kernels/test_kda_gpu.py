@@ -135,24 +135,27 @@ def test_training_step_as_a_cuda_graph(keep, monkeypatch):
     if not keep:
         monkeypatch.setattr("kimi_mm.kernels.kda.triton.KEEP_BYTES", 0)
     B, T, H, D = 4, 200, 2, 64
-    A_log = torch.zeros(H, device="cuda", requires_grad=True)
-    dt_bias = torch.zeros(H * D, device="cuda", requires_grad=True)
 
-    def step(x):
-        with torch.autocast("cuda", torch.bfloat16):
-            q, k, v, g = (y.view(B, T, H, D) for y in x[..., :-H].bfloat16().split(H * D, -1))
-            options = {"gate": "bounded", "A_log": A_log, "dt_bias": dt_bias, **FUSED}
-            return chunk_kda(q, k, v, g.float(), x[..., -H:], **options)[0].float()
+    class Layer(torch.nn.Module):  # capturing a plain function would lose the gradients of what it closes over
+        def __init__(self):
+            super().__init__()
+            self.A_log, self.dt_bias = (torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in (H, H * D))
 
-    def gradients(function, x):
-        loss = function(x).square().sum()
-        return torch.autograd.grad(loss, [x, A_log, dt_bias])
+        def forward(self, x):
+            with torch.autocast("cuda", torch.bfloat16):
+                q, k, v, g = (y.view(B, T, H, D) for y in x[..., :-H].bfloat16().split(H * D, -1))
+                options = {"gate": "bounded", "A_log": self.A_log, "dt_bias": self.dt_bias, **FUSED}
+                return chunk_kda(q, k, v, g.float(), x[..., -H:], **options)[0].float()
+
+    def gradients(layer, x):
+        loss = layer(x).square().sum()
+        return torch.autograd.grad(loss, [x, layer.A_log, layer.dt_bias])
 
     sample = torch.randn(B, T, 4 * H * D + H, device="cuda", requires_grad=True)
-    captured = torch.cuda.make_graphed_callables(step, (sample,))
+    captured, eager = torch.cuda.make_graphed_callables(Layer(), (sample,)), Layer()
     for seed in range(2):
         x = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).cuda().requires_grad_()
-        for got, want in zip(gradients(captured, x), gradients(step, x), strict=True):
+        for got, want in zip(gradients(captured, x), gradients(eager, x), strict=True):
             assert torch.equal(got, want)
 
 

@@ -159,6 +159,11 @@ def rows_of_chunk(length: int, bits: int, BK: int, train: bool, device: torch.de
     return min(most, 64 if length > 32 else 32 if length > 16 else 16)
 
 
+def most_rows(bits: int, BK: int) -> int:
+    """The largest chunk that all kernels have a configuration for."""
+    return min(max(table[bits][max(64, BK)]) for table in KERNELS.values())
+
+
 def tiles(kernel: str, bits: int, BK: int, VP: int, rows: int) -> Leaf:
     """Launch options of a kernel, its tiles cut to the channels there are."""
     table = KERNELS[kernel][bits][max(64, BK)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kimi_mm.kernels.kda.chunk_backward import gradients_kernel, scan_back_kernel
-from kimi_mm.kernels.kda.chunk_configs import bits_of, parts_of_sequence, rows_of_chunk, tiles
+from kimi_mm.kernels.kda.chunk_configs import bits_of, most_rows, parts_of_sequence, rows_of_chunk, tiles
 from kimi_mm.kernels.kda.chunk_forward import inside_kernel, places_kernel, scan_kernel, summary_kernel
 from kimi_mm.kernels.kda.chunk_ops import GATE_CODES
 from kimi_mm.kernels.launch import cdiv, power_of_two
@@ -111,11 +111,18 @@ def make_plan(
     train: bool,
     sequences: int | None,
 ) -> Plan:
-    """`sequences` counts those packed in one row, None for a dense batch; `chunk` 0 leaves its rows to the tables."""
+    """Sizes of a call.
+
+    Args:
+        sequences: those packed in one row, None for a dense batch.
+        chunk: its rows; 0 leaves them to the tables, which bound them on a GPU.
+    """
     B, T, HV, V = v.shape
     H, K = q.shape[-2:]
     bits, BK = bits_of(v.dtype), padded(K)
     chunk = chunk or rows_of_chunk(T, bits, BK, train, v.device)
+    if v.is_cuda:  # tiles of a smaller chunk do not serve a larger one: 64 rows in fp32 met an illegal address
+        chunk = min(chunk, most_rows(bits, BK))
     per_row = cdiv(T, chunk)
     return Plan(
         B=B,
