@@ -174,19 +174,17 @@ def main(arguments: list[str] | None = None) -> None:
     titles = ("mode", "GPUs", "tokens/s a GPU", "MFU", "GiB", "efficiency", "sent", "difference")
     widths = (9, 5, 16, 8, 7, 12, 8, 12)
     print("".join(title.rjust(width) for title, width in zip(titles, widths, strict=True)))
-    alone: dict[str, Any] | None = None  # one process is the same in every mode
+    single: dict[str, Any] | None = None  # one process is the same in every mode
     for mode in options.modes:
+        alone: dict[str, Any] | None = None
         for gpus in counts:
-            found = dict(alone) if alone and gpus == 1 else _launch(options, mode, gpus, max(counts))
+            found = dict(single) if single and gpus == 1 else _launch(options, mode, gpus, max(counts))
             if "error" in found:
                 print(f"{mode:<9}{gpus:>5}  {found['error']}")
                 rows.append({"mode": mode, "gpus": gpus, **found})
                 continue
-            if gpus == 1:
-                alone = found
-            elif alone is None:
-                rows.append({"mode": mode, "gpus": gpus, **found})  # nothing to compare it with
-                continue
+            single = found if gpus == 1 else single
+            alone = alone or found
             found["efficiency"] = found["tokens_per_second"] / alone["tokens_per_second"]
             pairs = zip(found["losses"], alone["losses"], strict=True)
             found["difference"] = max(abs(a - b) / abs(b) for a, b in pairs)

@@ -112,8 +112,8 @@ class Layout:
                 {"type": "audio", "num_codes": int, "codes": optional ids},
                 {"type": "image", "num_tokens": int}, {"type": "video", "chunks": [(seconds, num_tokens), ...]}.
                 Recordings, and pictures and chunks together, are numbered in the order in which they appear. An
-                assistant's audio is the speech of its text; with its codes given it is no recording. There, a text with
-                "ids" stands as those ids, as it is read out, and is not learnt.
+                assistant's audio is the speech of its text; with its codes given it is no recording. Where
+                a text of such a reply has "ids", it stands as those, and the text of the reply is not learnt.
             output: "text", or "speech" for text and audio.
             add_assistant_start: end with the marker after which the model answers.
 
@@ -228,9 +228,12 @@ class Layout:
             raise UserError(f"{where}: a spoken reply has text and one part of type 'audio'.")
         blank, part = self.ids["text_blank"], parts[kinds.index("audio")]
         texts = [part for part in parts if part["type"] == "text"]
-        given = [part["ids"] for part in texts if "ids" in part]
-        said = [*itertools.chain(*given)] if given else self.tokenizer.encode(" ".join(part["text"] for part in texts))
-        said = [*said, self.ids["text_eos"]]
+        given = any("ids" in part for part in texts)
+        if given:
+            each = (part["ids"] if "ids" in part else self.tokenizer.encode(part["text"]) for part in texts)
+            said = [*itertools.chain.from_iterable(each), self.ids["text_eos"]]
+        else:
+            said = [*self.tokenizer.encode(" ".join(part["text"] for part in texts)), self.ids["text_eos"]]
         codes = part.get("codes")
         count = int(part["num_codes"]) if codes is None else len(codes)
         if count < 1:

@@ -19,7 +19,7 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kimi_mm.data.numbers import cardinal, digits
@@ -30,6 +30,7 @@ from kimi_mm.errors import UserError
 HELD_OUT_MODULUS = 10
 # How often a kind is drawn, in any unit. "again" follows other turns only.
 KINDS = {"repeat": 5, "arithmetic": 5, "spelling": 4, "counting": 2, "define": 4, "phone": 4, "memory": 3}
+SIGNS = ("plus", "plus", "minus", "times")  # each as often as it stands here
 TURNS = {1: 0.55, 2: 0.27, 3: 0.18}
 DEFINED_WORDS, LEAST_USES = 300, 8
 
@@ -64,6 +65,11 @@ class Dialog:
 def is_held_out(kind: str, key: str) -> bool:
     """Whether questions about this key are for testing only."""
     return int(hashlib.sha1(f"{kind}:{key}".encode()).hexdigest()[:12], 16) % HELD_OUT_MODULUS == 0
+
+
+def word_uses(texts: Iterable[str]) -> Counter[str]:
+    """Counts the words of texts, in small letters and without the signs around them."""
+    return Counter(word.strip(".,;:?!") for text in texts for word in text.lower().split())
 
 
 def make_dialogs(sentences: Sequence[Sentence], count: int, *, seed: int = 0, held_out: bool = False) -> list[Dialog]:
@@ -119,7 +125,7 @@ class _Source:
         }
         spoken = [s for s in sentences if s.speech and s.source != WORDS]
         self.phrases = [s.text for s in spoken if s.held_out == held_out and 2 <= len(s.text.split()) <= 8]
-        uses = Counter(word.strip(".,;:?!") for s in spoken for word in s.text.lower().split())
+        uses = word_uses(s.text for s in spoken)
         self.words = sorted(word for word, n in uses.items() if n >= LEAST_USES and _WORD.match(word))
         glosses: dict[str, str] = {}
         for match in (_GLOSS.match(s.text) for s in sentences if not s.speech):
@@ -145,7 +151,7 @@ class _Source:
         return [Turn("repeat", text, question, text, text)]
 
     def _spelling(self, rng: random.Random) -> list[Turn]:
-        return spelling_turn(rng.choice(self.words), rng)
+        return [spelling_turn(rng.choice(self.words), rng)]
 
     def _define(self, rng: random.Random) -> list[Turn]:
         # Unseen words could not be answered, so that the wording is what is held out.
@@ -190,27 +196,27 @@ class _Source:
 
 
 def _arithmetic(rng: random.Random) -> list[Turn]:
-    sign = rng.choice(("plus", "plus", "minus", "times"))
+    sign = rng.choice(SIGNS)
     a, b = (rng.randint(1, 10 if sign == "times" else 20) for _ in range(2))
+    return [sum_turn(a, sign, b, rng)]
+
+
+def sum_turn(a: int, sign: str, b: int, rng: random.Random) -> Turn:
+    """Returns a question of arithmetic: a plus or times b, or the larger minus the smaller."""
     if sign == "minus":
         a, b = max(a, b), min(a, b)
-    return sum_turn(a, sign, b, rng)
-
-
-def sum_turn(a: int, sign: str, b: int, rng: random.Random) -> list[Turn]:
-    """Returns a question of arithmetic: a plus, minus or times b."""
     result = cardinal({"plus": a + b, "minus": a - b, "times": a * b}[sign])
     task = f"{cardinal(a)} {sign} {cardinal(b)}"
     asked = rng.choice(("What is {}?", "How much is {}?", "Calculate {}.", "Tell me what {} is."))
     answer = f"{task[0].upper()}{task[1:]} is {result}."
-    return [Turn("arithmetic", task, asked.format(task), answer, f"is {result}", "ends")]
+    return Turn("arithmetic", task, asked.format(task), answer, f"is {result}", "ends")
 
 
-def spelling_turn(word: str, rng: random.Random) -> list[Turn]:
+def spelling_turn(word: str, rng: random.Random) -> Turn:
     """Returns a question for the letters of a word."""
     asked = rng.choice(("How do you spell {}?", "Spell the word {}.", "Please spell {}.", "Spell {}."))
     letters = ", ".join(word.upper()) + "."
-    return [Turn("spelling", word, asked.format(word), letters, letters, "exact")]
+    return Turn("spelling", word, asked.format(word), letters, letters, "exact")
 
 
 def _counting(rng: random.Random) -> list[Turn]:

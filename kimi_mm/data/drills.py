@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from collections.abc import Sequence
 
-from kimi_mm.data.dialogs import Turn, is_held_out, spelling_turn, sum_turn
+from kimi_mm.data.dialogs import SIGNS, Turn, is_held_out, spelling_turn, sum_turn, word_uses
 from kimi_mm.data.text import Sentence
 
 SPELLING_SHARE = 0.35
-LARGEST = (
-    20,
-    40,
-    100,
-    200,
-)  # operands, each as often; products have operands of up to an eighth of it, and 12 at least
+# Operands, each as often; products have operands of up to an eighth of it, and 12 at least.
+LARGEST = (20, 40, 100, 200)
 LEAST_USES = 2
 
 _WORD = re.compile(r"[a-z]{3,10}$")
@@ -37,22 +32,18 @@ def make_drills(sentences: Sequence[Sentence], count: int, *, seed: int = 0) -> 
     if not count:
         return []
     rng = random.Random(f"drills-{seed}")
-    texts = (sentence.text for sentence in sentences if not sentence.held_out)
-    uses = Counter(word.strip(".,;:?!") for text in texts for word in text.lower().split())
+    uses = word_uses(sentence.text for sentence in sentences if not sentence.held_out)
     words = sorted(word for word, n in uses.items() if n >= LEAST_USES and _WORD.match(word))
     made: list[tuple[Turn, ...]] = []
     while len(made) < count:
-        turns = spelling_turn(rng.choice(words), rng) if words and rng.random() < SPELLING_SHARE else _sum(rng)
-        if not is_held_out(turns[0].kind, turns[0].key):
-            made.append(tuple(turns))
+        turn = spelling_turn(rng.choice(words), rng) if words and rng.random() < SPELLING_SHARE else _sum(rng)
+        if not is_held_out(turn.kind, turn.key):
+            made.append((turn,))
     return made
 
 
-def _sum(rng: random.Random) -> list[Turn]:
-    sign, most = rng.choice(("plus", "plus", "minus", "times")), rng.choice(LARGEST)
+def _sum(rng: random.Random) -> Turn:
+    sign, most = rng.choice(SIGNS), rng.choice(LARGEST)
     if sign == "times":
         most = max(12, most // 8)
-    a, b = rng.randint(1, most), rng.randint(1, most)
-    if sign == "minus":
-        a, b = max(a, b), min(a, b)
-    return sum_turn(a, sign, b, rng)
+    return sum_turn(rng.randint(1, most), sign, rng.randint(1, most), rng)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kimi_mm.data.dialogs import make_dialogs
+from kimi_mm.data.dialogs import Turn, make_dialogs
 from kimi_mm.data.drills import make_drills
 from kimi_mm.data.text import WORDS, Sentence
 from kimi_mm.errors import CheckpointError
@@ -300,7 +300,9 @@ class TextLoader(_Place):
                 for row in read_texts(self.config.path)
             ],
         )
-        dialogs = [dialog.turns for dialog in make_dialogs(sentences, self.config.dialogs, seed=self.seed)]
+        dialogs: list[tuple[Turn, ...]] = []
+        if self.config.dialogs:
+            dialogs = [dialog.turns for dialog in make_dialogs(sentences, self.config.dialogs, seed=self.seed)]
         for turns in itertools.chain(dialogs, make_drills(sentences, self.config.drills, seed=self.seed)):
             said = ((("user", turn.question), ("assistant", turn.answer)) for turn in turns)
             messages = [{"role": role, "content": text} for turn in said for role, text in turn]

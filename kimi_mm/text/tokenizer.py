@@ -78,7 +78,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the BPE ids of a text; markers of special tokens inside it stay plain characters."""
-        return self._tokenizer.encode(_lead(text) if self.leads else text, add_special_tokens=False).ids
+        return self._ids(_lead(text) if self.leads else text)
 
     def encode_letters(self, text: str) -> list[int]:
         """Returns ids of a text letter by letter, each with the space before it: as what is copied is best learnt.
@@ -86,7 +86,7 @@ class TextTokenizer:
         They decode to the same text as those of `encode`.
         """
         pieces = re.findall(r"\s*\S|\s+", _lead(text) if self.leads else text)
-        return [id for piece in pieces for id in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+        return [id for piece in pieces for id in self._ids(piece)]
 
     def encode_words(self, text: str, by_letter: Callable[[int], bool]) -> list[int]:
         """Returns ids of a text in which some words stand letter by letter: who learns from both to read out says words
@@ -97,19 +97,18 @@ class TextTokenizer:
         Args:
             by_letter: told how many ids a word has (without the signs behind it), says whether it is given by letter.
         """
-
-        def encode(piece: str) -> list[int]:
-            return self._tokenizer.encode(piece, add_special_tokens=False).ids
-
         ids: list[int] = []
         for word in re.findall(r"\s*\S+|\s+", _lead(text) if self.leads else text):
-            whole = encode(word)
+            pieces: tuple[str, ...] = (word,)
             if match := _WORD.fullmatch(word):
                 first, letters, signs = match.groups()
-                if by_letter(len(encode(first + letters))):
-                    whole = [id for piece in (first, *letters, signs) for id in encode(piece)]
-            ids += whole
+                if by_letter(len(self._ids(first + letters))):
+                    pieces = (first, *letters, signs)
+            ids += [id for piece in pieces for id in self._ids(piece)]
         return ids
+
+    def _ids(self, piece: str) -> list[int]:
+        return self._tokenizer.encode(piece, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""

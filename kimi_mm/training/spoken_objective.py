@@ -73,9 +73,8 @@ class SpokenObjective(SpeechTextObjective):
         labels = torch.where(batch.audio_labels == END, vocab.special("msg_end"), known) - vocab.num_text_tokens
         audio = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         said = hidden[0].flatten(0, 1).index_select(0, batch.text_positions)
-        text = (
-            said.sum()
-        )  # zero, with a gradient of zero, where all sentences have words by letter, which are not learnt
+        # Sentences with words by letter are not learnt; where all are such, loss and gradient are zero.
+        text = said.sum()
         if len(said):
             text = cross_entropy(self.backbone, said, batch.text_labels, self.recipe.label_smoothing)
         kind = "speak" if batch.questions is None else "answer"

@@ -120,8 +120,9 @@ def make_plan(
     B, T, HV, V = v.shape
     H, K = q.shape[-2:]
     bits, BK = bits_of(v.dtype), padded(K)
-    chunk = chunk or rows_of_chunk(T, bits, BK, train, v.device)
-    if v.is_cuda:  # tiles of a smaller chunk do not serve a larger one: 64 rows in fp32 met an illegal address
+    if not chunk:
+        chunk = rows_of_chunk(T, bits, BK, train, v.device)
+    elif v.is_cuda:  # tiles of a smaller chunk do not serve a larger one: 64 rows in fp32 met an illegal address
         chunk = min(chunk, most_rows(bits, BK))
     per_row = cdiv(T, chunk)
     return Plan(
