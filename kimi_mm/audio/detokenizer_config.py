@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kimi_mm.config_base import Config, ConfigError, choice
 
 SOLVERS = ("euler", "midpoint")
+TIME_GRIDS = ("linear", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ class StreamingConfig(Config):
 
     def __post_init__(self) -> None:
         choice("solver", self.solver, SOLVERS)
-        choice("time_grid", self.time_grid, ("linear", "cosine"))
+        choice("time_grid", self.time_grid, TIME_GRIDS)
         choice("fade", self.fade, ("hamming", "hann"))
         _above_zero(self, "chunk_codes", "steps", "guidance")
         if not 0 <= self.look_ahead_codes < self.first_chunk_codes:

@@ -10,6 +10,7 @@ Shapes: B rows, N codes, T = 4 N mel frames, C chunks, M mel bins, S samples.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -72,7 +73,7 @@ class FlowObjective(nn.Module):
         unjudged = self._prompt_frames(chunks)
         rows, drop = len(mel), self.config
         noise = torch.randn_like(mel)
-        time = torch.rand(rows, codes.shape[1], device=mel.device)[:, chunks]
+        time = draw_times((rows, codes.shape[1]), self.config.times, mel.device)[:, chunks]
         noisy, velocity = flow_path(mel, noise, time[..., None], self.sigma_min)
 
         lost = torch.rand(rows, 1, device=mel.device) < drop.code_dropout
@@ -135,6 +136,12 @@ def draw_chunks(codes: int, config: FlowTrainingConfig, frames_per_code: int, de
     numbers = torch.searchsorted(ends, torch.arange(codes, device=device), right=True)
     cut = torch.rand((), device=device) >= config.whole_share
     return (numbers * cut)[:, None].expand(-1, frames_per_code).flatten()
+
+
+def draw_times(shape: tuple[int, ...], kind: str, device: torch.device) -> torch.Tensor:
+    """Draws flow times in [0, 1): evenly, or as "cosine" does in `kimi_mm.audio.flow.time_grid`, denser near the noise."""
+    even = torch.rand(shape, device=device)
+    return 1 - torch.cos(math.pi / 2 * even) if kind == "cosine" else even
 
 
 class VocoderObjective(nn.Module):

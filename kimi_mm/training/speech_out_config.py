@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kimi_mm.config_base import Config, ConfigError
+from kimi_mm.audio.detokenizer_config import TIME_GRIDS
+from kimi_mm.config_base import Config, ConfigError, choice
 
 SECONDS_PER_CODE = 0.08
 
@@ -45,7 +46,8 @@ class FlowTrainingConfig(Config):
     Rows are cut into chunks of `min_chunk_codes` to `max_chunk_codes`; a share `whole_share` of the batches keeps them
     whole. `code_dropout` of the rows lose the codes of what is to be drawn (for guidance), `prompt_dropout` those of
     their first seconds, as with a speaker prompt of unknown words. Voices other than the canonical one are judged
-    only after `prompt_seconds`: without a prompt, the canonical voice speaks.
+    only after `prompt_seconds`: without a prompt, the canonical voice speaks. Flow times are drawn evenly ("linear") or as
+    1 - cos(pi u / 2) ("cosine"), more of them near the noise, where a solver of few steps takes its first ones.
     """
 
     min_chunk_codes: int = 3
@@ -54,8 +56,10 @@ class FlowTrainingConfig(Config):
     code_dropout: float = 0.1
     prompt_dropout: float = 0.3
     prompt_seconds: float = 1.0
+    times: str = "linear"
 
     def __post_init__(self) -> None:
+        choice("times", self.times, TIME_GRIDS)
         if not 1 <= self.min_chunk_codes <= self.max_chunk_codes:
             raise ConfigError(
                 f"min_chunk_codes={self.min_chunk_codes} must lie between 1 and max_chunk_codes={self.max_chunk_codes}."

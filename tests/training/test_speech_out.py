@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from kimi_mm.audio.flow import time_grid
 from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.config import ConfigError
 from kimi_mm.data.debug import write_debug_targets
@@ -24,7 +25,7 @@ from kimi_mm.training.discriminators import (
 from kimi_mm.training.recipe import load_recipe
 from kimi_mm.training.run import train
 from kimi_mm.training.spectral import SpectralDistance
-from kimi_mm.training.speech_out import FlowObjective, VocoderObjective, draw_chunks
+from kimi_mm.training.speech_out import FlowObjective, VocoderObjective, draw_chunks, draw_times
 from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig
 
 CPU = torch.device("cpu")
@@ -117,6 +118,21 @@ def test_dropped_codes_do_not_reach_the_drawing(targets):
     assert loss() == pytest.approx(without)  # one whole chunk sees no past, and its own codes are gone
     batch.targets = same.flip(1)
     assert loss() != pytest.approx(without)
+
+
+def test_times_are_drawn_as_steps_lie(targets):
+    """Evenly, or as many on each of a cosine solver's steps."""
+    torch.manual_seed(0)
+    for kind in ("linear", "cosine"):
+        drawn = draw_times((200, 50), kind, torch.device("cpu"))
+        assert drawn.shape == (200, 50)
+        counts = torch.histogram(drawn, torch.tensor(time_grid(4, kind))).hist
+        assert counts.sum() == 10_000
+        assert counts.min() > 2300
+    objective, batch, _ = setup("detokenizer", targets, flow=FlowTrainingConfig(times="cosine"))
+    assert torch.isfinite(objective(batch, False)["flow"])
+    with pytest.raises(ConfigError, match="times"):
+        FlowTrainingConfig(times="sine")
 
 
 # ---- vocoder --------------------------------------------------------------------------------------------------------
