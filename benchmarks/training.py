@@ -1,6 +1,7 @@
 """Training throughput on one device: our backbone, and the same shape in transformers' `kimi_linear`, in one run.
 
     python -m benchmarks.training                 one GPU, 1.4 B parameters, rows of 4096 tokens, bf16
+    python -m benchmarks.training --micro-batches 16    a step of 262,144 tokens, nearer to those of real runs
     python -m benchmarks.training --debug         tiny, on a CPU
 
 | contestant | model | optimiser |
@@ -10,6 +11,8 @@
 | plain | plain residual stream | AdamW |
 | same-shape | plain residual, softplus gate: what `kimi_linear` is | AdamW |
 | theirs | transformers' KimiLinearForCausalLM, with fla's kernels where fla is installed | AdamW |
+
+An optimiser's time does not depend on the tokens of a step, so its share is that of a number of `--micro-batches`.
 
 All run the same loop on the same random tokens with fp32 weights under bf16 autocast; `theirs` and `same-shape` start
 from the same weights, so that their first losses show that they compute the same. Times are medians; MFU counts the
@@ -126,11 +129,27 @@ def build(contestant: str, config: BackboneConfig, device: torch.device) -> tupl
     return TextTask(backbone.to(device)), optim
 
 
-def measure(task: nn.Module, optim: OptimConfig, batches: list[TextBatch], device: torch.device, bf16: bool) -> dict:
-    """Trains over the batches, of which the first two warm up.
+def measure(
+    task: nn.Module,
+    optim: OptimConfig,
+    batches: list[TextBatch],
+    device: torch.device,
+    bf16: bool,
+    micro_batches: int = 1,
+) -> dict:
+    """Trains over the batches, of which the first steps warm up.
+
+    Args:
+        task: maps a batch to {"loss": ...}.
+        optim: optimiser and rate.
+        batches: three steps' or more.
+        device: that they are on.
+        bf16: autocast.
+        micro_batches: batches of a step.
 
     Returns:
-        Seconds of forward and backward and of the optimiser (medians), peak bytes on a GPU, and the first loss.
+        Seconds of a step's forward and backward passes and of its optimiser (medians, without two warm-up steps), peak
+        bytes on a GPU, and the loss of the first batch.
     """
     task.train()
     optimizer = make_optimizer(task, optim, fused=device.type == "cuda")
@@ -138,11 +157,13 @@ def measure(task: nn.Module, optim: OptimConfig, batches: list[TextBatch], devic
         torch.cuda.reset_peak_memory_stats(device)
     clock = _Clock(device)
     products, updates, first = [], [], None
-    for batch in batches:
+    for start in range(0, len(batches), micro_batches):
         with clock.into(products):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = task(batch)["loss"]
-            loss.backward()
+            for batch in batches[start : start + micro_batches]:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = task(batch)["loss"]
+                (loss / micro_batches).backward()
+                first = loss.detach() if first is None else first
         with clock.into(updates):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -150,13 +171,13 @@ def measure(task: nn.Module, optim: OptimConfig, batches: list[TextBatch], devic
                 task.backbone.update_expert_bias()
             if optim.optimizer == "muonclip":
                 qk_clip.apply(task, optim.qk_clip)
-        first = loss.item() if first is None else first
+    assert first is not None
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {
         "products": statistics.median(products[2:]),
         "optimizer": statistics.median(updates[2:]),
         "peak_bytes": peak,
-        "first_loss": first,
+        "first_loss": float(first),
     }
 
 
@@ -193,6 +214,7 @@ def main(arguments: list[str] | None = None, note: Callable[[str], None] = print
     parser.add_argument("--model", default="1b4-a0.4b", help="file below recipes/models")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--recompute", action="store_true", help="recompute activations (ours and theirs)")
@@ -208,15 +230,17 @@ def main(arguments: list[str] | None = None, note: Callable[[str], None] = print
     if config.mla is not None:
         config = config.replace(mla=config.mla.replace(rope=None))  # as `kimi_linear` has it
     batches = [
-        random_batch(config.vocab_size, options.rows, options.tokens, seed, device) for seed in range(options.steps)
+        random_batch(config.vocab_size, options.rows, options.tokens, seed, device)
+        for seed in range(options.steps * options.micro_batches)
     ]
-    costs, tokens = count(config), options.rows * options.tokens
+    costs, tokens = count(config), options.rows * options.tokens * options.micro_batches
     peak = device_peak(device, options.peak_tflops)
     label = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     note(
         f"torch {torch.__version__}, {label}; {name}, {costs.total / 1e9:.3f} G parameters, {costs.active / 1e9:.3f} G"
     )
-    note(f"active; {options.rows} rows of {options.tokens} tokens, median of {options.steps - 2} steps")
+    note(f"active; {options.rows} rows of {options.tokens} tokens, {options.micro_batches} times a step,")
+    note(f"median of {options.steps - 2} steps")
     note(f"{'contestant':<12}{'tokens/s':>11}{'MFU':>8}{'fwd+bwd ms':>12}{'optim. ms':>11}{'GiB':>7}{'first loss':>12}")
     results: dict[str, dict] = {}
     for contestant in options.contestants:
@@ -224,7 +248,7 @@ def main(arguments: list[str] | None = None, note: Callable[[str], None] = print
             task, optim = build(contestant, config, device)
             if options.recompute:
                 _recompute(task)
-            row = measure(task, optim, batches, device, bf16=not options.debug)
+            row = measure(task, optim, batches, device, not options.debug, options.micro_batches)
         except (RuntimeError, ImportError) as error:
             results[contestant] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
             note(f"{contestant:<12}{results[contestant]['error']}")

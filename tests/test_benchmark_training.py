@@ -20,6 +20,22 @@ def test_training_compares_ours_and_theirs(tmp_path):
     assert sum("against theirs" in line for line in lines) == 3
 
 
+def test_a_step_of_several_micro_batches(tmp_path):
+    """It starts from the same loss, and its speed is that of all its tokens."""
+    found = {}
+    for number in (1, 3):
+        out = tmp_path / f"{number}.json"
+        options = ["--debug", "--contestants", "muonclip", "--micro-batches", str(number), "--json", str(out)]
+        lines: list[str] = []
+        training.main(options, note=lines.append)
+        assert any(f"{number} times a step" in line for line in lines)
+        found[number] = json.loads(out.read_text())["results"]["muonclip"]
+    assert found[1]["first_loss"] == pytest.approx(found[3]["first_loss"], abs=1e-5)
+    for number, row in found.items():
+        seconds = row["products"] + row["optimizer"]
+        assert row["tokens_per_second"] == pytest.approx(48 * number / seconds)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["expert", "context"])
 def test_scaling_gives_equal_losses(mode, tmp_path, capsys):

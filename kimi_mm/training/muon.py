@@ -42,17 +42,23 @@ def orthogonalize(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
         eps: least Frobenius norm that is divided by; a zero matrix stays zero.
 
     Returns:
-        [..., m, n] in the dtype of x; computed in bf16 on a GPU.
+        [..., m, n]; computed and returned in bf16 on a GPU, elsewhere in the dtype of x.
     """
     a, b, c = NEWTON_SCHULZ
+    y = _narrow(x).reshape(-1, *x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
-    y = x.mT if tall else x
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(eps)
-    y = y.bfloat16() if x.is_cuda else y
-    for _ in range(steps):
+    y = y.mT if tall else y
+    wide = torch.promote_types(y.dtype, torch.float32)
+    y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True, dtype=wide).clamp_min(eps).to(y.dtype)
+    for _ in range(steps):  # sums ride along with products: nothing else passes over the matrices
         gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    return (y.mT if tall else y).to(x.dtype)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).reshape(x.shape)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """The type that matrices are orthogonalised in: bf16 on a GPU."""
+    return x.bfloat16() if x.is_cuda else x
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -117,16 +123,14 @@ class Muon(torch.optim.Optimizer):
         for i, parameter in enumerate(parameters):
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) and parameter.dim() == 2 else None
             shapes[parameter.shape[-2], parameter.shape[-1], mesh].append(i)
-        updates: list[Tensor] = [torch.empty(0)] * len(parameters)
+        weights = [local(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for (m, n, mesh), members in shapes.items():
             own = [directions[i] for i in members]
             done = _together(own) if mesh is None else _dealt(own, m, mesh.get_group())
             scale = UPDATE_RMS * max(m, n) ** 0.5
             for i, part in zip(members, done, strict=True):
-                updates[i] = (part * scale).to(parameters[i].dtype)
-        weights = [local(p) for p in parameters]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+                weights[i].add_(part, alpha=-group["lr"] * scale)
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
@@ -159,7 +163,7 @@ class Muon(torch.optim.Optimizer):
 def _together(directions: list[Tensor]) -> list[Tensor]:
     """Orthogonalises matrices and stacks of matrices of one shape, all at once."""
     m, n = directions[0].shape[-2:]
-    stacked = orthogonalize(torch.cat([direction.reshape(-1, m, n) for direction in directions]))
+    stacked = orthogonalize(torch.cat([_narrow(direction).reshape(-1, m, n) for direction in directions]))
     parts = stacked.split([direction.numel() // (m * n) for direction in directions])
     return [part.view_as(direction) for part, direction in zip(parts, directions, strict=True)]
 
@@ -180,7 +184,7 @@ def _dealt(directions: list[Tensor], rows: int, group: dist.ProcessGroup) -> lis
     held = [max(0, min(each, rows - r * each)) for r in range(size)]
     n, mine = directions[0].shape[1], range(rank, len(directions), size)
     owned = [len(range(r, len(directions), size)) for r in range(size)]
-    sent = torch.cat([directions[i].flatten() for r in range(size) for i in range(r, len(directions), size)])
+    sent = torch.cat([_narrow(directions[i]).flatten() for r in range(size) for i in range(r, len(directions), size)])
     out_sizes = [held[r] * n * len(mine) for r in range(size)]
     in_sizes = [held[rank] * n * owned[r] for r in range(size)]
     got = sent.new_empty(sum(out_sizes))

@@ -266,7 +266,7 @@ def _sent(costs: Costs, layout: Layout, recompute: bool) -> dict[str, float]:
             context += BF16 * tokens * (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim) * (R - 1)
         elif config.gqa is not None:
             context += BF16 * tokens * 2 * config.gqa.num_kv_heads * config.gqa.head_dim * (R - 1)
-    dealt = 2 * FP32 * sum(m * n for m, n in iter_matrices(costs)) / W * away(W)
+    dealt = 2 * BF16 * sum(m * n for m, n in iter_matrices(costs)) / W * away(W)
     return {
         "fsdp": fsdp,
         "expert": 2 * passes * moving * tokens * away(P),

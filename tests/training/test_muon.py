@@ -34,6 +34,17 @@ def test_stacked_experts_are_separate_matrices():
     torch.testing.assert_close(orthogonalize(x), torch.stack([orthogonalize(m) for m in x]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(96, 64), (3, 64, 160)])
+def test_a_gpu_orthogonalises_in_bf16(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    y = orthogonalize(x.cuda())
+    assert y.dtype == torch.bfloat16
+    assert y.shape == x.shape
+    assert float(torch.cosine_similarity(y.float().cpu().flatten(), orthogonalize(x).flatten(), 0)) > 0.999
+
+
 def test_vectors_and_tables_follow_adamw():
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).clone()) for _ in range(2))
     mine = Muon([{"params": [ours]}], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
