@@ -139,7 +139,7 @@ def draw_chunks(codes: int, config: FlowTrainingConfig, frames_per_code: int, de
 
 
 def draw_times(shape: tuple[int, ...], kind: str, device: torch.device) -> torch.Tensor:
-    """Draws flow times in [0, 1): evenly, or denser near the noise, as the steps of `kimi_mm.audio.flow.time_grid` lie."""
+    """Draws flow times in [0, 1): evenly, or denser near the noise, as `kimi_mm.audio.flow.time_grid` sets steps."""
     even = torch.rand(shape, device=device)
     return 1 - torch.cos(math.pi / 2 * even) if kind == "cosine" else even
 

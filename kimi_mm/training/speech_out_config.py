@@ -46,8 +46,9 @@ class FlowTrainingConfig(Config):
     Rows are cut into chunks of `min_chunk_codes` to `max_chunk_codes`; a share `whole_share` of the batches keeps them
     whole. `code_dropout` of the rows lose the codes of what is to be drawn (for guidance), `prompt_dropout` those of
     their first seconds, as with a speaker prompt of unknown words. Voices other than the canonical one are judged
-    only after `prompt_seconds`: without a prompt, the canonical voice speaks. Flow `times` are drawn evenly ("linear") or
-    as 1 - cos(pi u / 2) ("cosine"), more of them near the noise, where a solver of few steps takes its first ones.
+    only after `prompt_seconds`: without a prompt, the canonical voice speaks. Flow `times` are drawn evenly
+    ("linear") or as 1 - cos(pi u / 2) ("cosine"), more of them near the noise, where a solver of few steps takes its
+    first ones.
     """
 
     min_chunk_codes: int = 3
