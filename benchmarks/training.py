@@ -12,7 +12,7 @@
 | same-shape | plain residual, softplus gate: what `kimi_linear` is | AdamW |
 | theirs | transformers' KimiLinearForCausalLM, with fla's kernels where fla is installed | AdamW |
 
-An optimiser's time does not depend on the tokens of a step, so its share is that of a number of `--micro-batches`.
+An optimiser takes as long whatever the tokens of a step, so its share depends on `--micro-batches`.
 
 All run the same loop on the same random tokens with fp32 weights under bf16 autocast; `theirs` and `same-shape` start
 from the same weights, so that their first losses show that they compute the same. Times are medians; MFU counts the
@@ -137,7 +137,7 @@ def measure(
     bf16: bool,
     micro_batches: int = 1,
 ) -> dict:
-    """Trains over the batches, of which the first steps warm up.
+    """Trains over the batches, of which the first two steps warm up.
 
     Args:
         task: maps a batch to {"loss": ...}.

@@ -48,6 +48,12 @@ def time_grid(steps: int, kind: str = "linear") -> list[float]:
     return [1 - math.cos(math.pi / 2 * u) for u in even[:-1]] + [1.0]
 
 
+def draw_times(shape: tuple[int, ...], kind: str, device: torch.device) -> torch.Tensor:
+    """Draws times in [0, 1) for training: as many, on average, in each step of the `time_grid` of that kind."""
+    even = torch.rand(shape, device=device)
+    return 1 - torch.cos(math.pi / 2 * even) if kind == "cosine" else even
+
+
 def integrate(velocity: Velocity, x: torch.Tensor, times: Sequence[float], solver: str = "euler") -> torch.Tensor:
     """Follows dx/dt = velocity(x, t) from `times[0]` to `times[-1]`.
 

@@ -10,7 +10,6 @@ Shapes: B rows, N codes, T = 4 N mel frames, C chunks, M mel bins, S samples.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from torch.func import functional_call
 
 from kimi_mm.audio.detokenizer import Detokenizer
 from kimi_mm.audio.dit import CLEAN, DiT
-from kimi_mm.audio.flow import flow_path
+from kimi_mm.audio.flow import draw_times, flow_path
 from kimi_mm.audio.vocoder import Vocoder
 from kimi_mm.config import ConfigError
 from kimi_mm.data.augment import augment
@@ -136,12 +135,6 @@ def draw_chunks(codes: int, config: FlowTrainingConfig, frames_per_code: int, de
     numbers = torch.searchsorted(ends, torch.arange(codes, device=device), right=True)
     cut = torch.rand((), device=device) >= config.whole_share
     return (numbers * cut)[:, None].expand(-1, frames_per_code).flatten()
-
-
-def draw_times(shape: tuple[int, ...], kind: str, device: torch.device) -> torch.Tensor:
-    """Draws flow times in [0, 1): evenly, or denser near the noise, as `kimi_mm.audio.flow.time_grid` sets steps."""
-    even = torch.rand(shape, device=device)
-    return 1 - torch.cos(math.pi / 2 * even) if kind == "cosine" else even
 
 
 class VocoderObjective(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kimi_mm.audio.flow import time_grid
+from kimi_mm.audio.flow import draw_times, time_grid
 from kimi_mm.checkpoint import load_checkpoint
 from kimi_mm.config import ConfigError
 from kimi_mm.data.debug import write_debug_targets
@@ -25,7 +25,7 @@ from kimi_mm.training.discriminators import (
 from kimi_mm.training.recipe import load_recipe
 from kimi_mm.training.run import train
 from kimi_mm.training.spectral import SpectralDistance
-from kimi_mm.training.speech_out import FlowObjective, VocoderObjective, draw_chunks, draw_times
+from kimi_mm.training.speech_out import FlowObjective, VocoderObjective, draw_chunks
 from kimi_mm.training.speech_out_config import FlowTrainingConfig, TargetDataConfig
 
 CPU = torch.device("cpu")
